@@ -1,0 +1,62 @@
+// Normals for runs of elements of one sample, as docs/noise.md defines them; included by kernel files, once per
+// instruction set.
+namespace ddpm_fast {
+namespace DDPM_FAST_ISA {
+
+// What selects the noise of one sample at one step.
+struct NoiseKey {
+  PhiloxKey key;
+  uint32_t sample_id, step, stream;
+};
+
+// Sixteen blocks of four normals, in element order. Lane 4q+j works on block 4j+q, so that the 4x4 transposes
+// leave each vector with sixteen successive elements.
+DDPM_FAST_INLINE void normal64(float* out, uint32_t first_block, const NoiseKey& noise) {
+  alignas(64) static constexpr uint32_t kBlock[kLanes] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
+  U r[4] = {splat(noise.sample_id), load(kBlock) + splat(first_block), splat(noise.step), splat(noise.stream)};
+  philox(r, noise.key);
+  F a, b, c, d;
+  normal_pair(r[0], r[1], a, b);
+  normal_pair(r[2], r[3], c, d);
+  transpose4(a, b, c, d);
+  store(out, a);
+  store(out + 16, b);
+  store(out + 32, c);
+  store(out + 48, d);
+}
+
+// Elements first .. first + count - 1 of the sample, in logical (C, *) order.
+static inline void fill_normal(float* out, int64_t first, int64_t count, const NoiseKey& noise) {
+  uint32_t block = static_cast<uint32_t>(first / 4);
+  int64_t skip = first % 4;
+  while (count > 0) {
+    if (skip == 0 && count >= 64) {
+      normal64(out, block, noise);
+      out += 64;
+      count -= 64;
+    } else {
+      float whole[64];
+      normal64(whole, block, noise);
+      const int64_t n = std::min<int64_t>(64 - skip, count);
+      std::memcpy(out, whole + skip, n * sizeof(float));
+      out += n;
+      count -= n;
+      skip = 0;
+    }
+    block += 16;
+  }
+}
+
+// Elements first .. first + count - 1 of the sample in memory order; scratch holds as many floats as a tile.
+static inline void fill_normal_tile(float* out, float* scratch, const Image& image, int64_t first, int64_t count,
+                                    const NoiseKey& noise) {
+  if (image.order() == Order::kChannelsFirst) return fill_normal(out, first, count, noise);
+  const int64_t channels = image.channels, pixel = first / channels, pixels = count / channels;
+  for (int64_t c = 0; c < channels; ++c) {
+    fill_normal(scratch, c * image.pixels + pixel, pixels, noise);
+    for (int64_t i = 0; i < pixels; ++i) out[i * channels + c] = scratch[i];
+  }
+}
+
+}  // namespace DDPM_FAST_ISA
+}  // namespace ddpm_fast

@@ -1,0 +1,287 @@
+// Sixteen lanes of float32 (F) and of uint32 (U), the same on every instruction set: one register with AVX-512,
+// two with AVX2, arrays elsewhere. Kernels are written once in these types; since every operation below is one
+// IEEE operation a lane, all instruction sets give the same bits.
+//
+// No include guard: for_each_isa.h includes this file once per instruction set, each time in a namespace of its own.
+namespace ddpm_fast {
+namespace DDPM_FAST_ISA {
+
+constexpr int kLanes = 16;
+#define DDPM_FAST_INLINE static inline __attribute__((always_inline))
+
+#if defined(DDPM_FAST_ISA_AVX512)
+
+struct F { __m512 v; };
+struct U { __m512i v; };
+struct Mask { __mmask16 v; };
+
+DDPM_FAST_INLINE F splat(float x) { return {_mm512_set1_ps(x)}; }
+DDPM_FAST_INLINE U splat(uint32_t x) { return {_mm512_set1_epi32(static_cast<int>(x))}; }
+DDPM_FAST_INLINE F load(const float* p) { return {_mm512_loadu_ps(p)}; }
+DDPM_FAST_INLINE U load(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+DDPM_FAST_INLINE void store(float* p, F a) { _mm512_storeu_ps(p, a.v); }
+DDPM_FAST_INLINE F operator+(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
+DDPM_FAST_INLINE F operator-(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
+DDPM_FAST_INLINE F operator*(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
+DDPM_FAST_INLINE F operator/(F a, F b) { return {_mm512_div_ps(a.v, b.v)}; }
+DDPM_FAST_INLINE F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+DDPM_FAST_INLINE F sqrt(F a) { return {_mm512_sqrt_ps(a.v)}; }
+// The second operand where either is NaN, as the x86 instruction has it.
+DDPM_FAST_INLINE F min(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
+DDPM_FAST_INLINE F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
+DDPM_FAST_INLINE U operator+(U a, U b) { return {_mm512_add_epi32(a.v, b.v)}; }
+DDPM_FAST_INLINE U operator-(U a, U b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+DDPM_FAST_INLINE U operator&(U a, U b) { return {_mm512_and_si512(a.v, b.v)}; }
+DDPM_FAST_INLINE U operator|(U a, U b) { return {_mm512_or_si512(a.v, b.v)}; }
+DDPM_FAST_INLINE U operator^(U a, U b) { return {_mm512_xor_si512(a.v, b.v)}; }
+template <int n> DDPM_FAST_INLINE U shift_left(U a) { return {_mm512_slli_epi32(a.v, n)}; }
+template <int n> DDPM_FAST_INLINE U shift_right(U a) { return {_mm512_srli_epi32(a.v, n)}; }
+DDPM_FAST_INLINE F from_int(U a) { return {_mm512_cvtepi32_ps(a.v)}; }  // the lanes read as signed
+DDPM_FAST_INLINE U bits(F a) { return {_mm512_castps_si512(a.v)}; }
+DDPM_FAST_INLINE F from_bits(U a) { return {_mm512_castsi512_ps(a.v)}; }
+DDPM_FAST_INLINE Mask negative(U a) { return {_mm512_movepi32_mask(a.v)}; }
+DDPM_FAST_INLINE F select(Mask m, F yes, F no) { return {_mm512_mask_blend_ps(m.v, no.v, yes.v)}; }
+
+// The 64-bit products of every lane with m: low and high words.
+DDPM_FAST_INLINE void multiply_wide(U a, U m, U& low, U& high) {
+  const __m512i even = _mm512_mul_epu32(a.v, m.v);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), m.v);
+  low.v = _mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+  high.v = _mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+}
+
+// Transposes the 4x4 blocks that lanes 4q..4q+3 of a, b, c, d form.
+DDPM_FAST_INLINE void transpose4(F& a, F& b, F& c, F& d) {
+  const __m512 ab0 = _mm512_unpacklo_ps(a.v, b.v), ab1 = _mm512_unpackhi_ps(a.v, b.v);
+  const __m512 cd0 = _mm512_unpacklo_ps(c.v, d.v), cd1 = _mm512_unpackhi_ps(c.v, d.v);
+  a.v = _mm512_shuffle_ps(ab0, cd0, 0x44);
+  b.v = _mm512_shuffle_ps(ab0, cd0, 0xee);
+  c.v = _mm512_shuffle_ps(ab1, cd1, 0x44);
+  d.v = _mm512_shuffle_ps(ab1, cd1, 0xee);
+}
+
+DDPM_FAST_INLINE F load(const Half* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+DDPM_FAST_INLINE void store(Half* p, F a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+DDPM_FAST_INLINE F load(const BFloat16* p) {
+  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16))};
+}
+DDPM_FAST_INLINE void store_high_halves(BFloat16* p, U a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(a.v, 16)));
+}
+DDPM_FAST_INLINE F load(const uint8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+DDPM_FAST_INLINE Mask is_nan(F a) { return {_mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q)}; }
+
+#elif defined(DDPM_FAST_ISA_AVX2)
+
+struct F { __m256 a, b; };
+struct U { __m256i a, b; };
+struct Mask { __m256 a, b; };
+
+DDPM_FAST_INLINE F splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+DDPM_FAST_INLINE U splat(uint32_t x) {
+  const __m256i v = _mm256_set1_epi32(static_cast<int>(x));
+  return {v, v};
+}
+DDPM_FAST_INLINE F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+DDPM_FAST_INLINE U load(const uint32_t* p) {
+  const __m256i* q = reinterpret_cast<const __m256i*>(p);
+  return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
+}
+DDPM_FAST_INLINE void store(float* p, F x) { _mm256_storeu_ps(p, x.a), _mm256_storeu_ps(p + 8, x.b); }
+DDPM_FAST_INLINE F operator+(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+DDPM_FAST_INLINE F operator-(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+DDPM_FAST_INLINE F operator*(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+DDPM_FAST_INLINE F operator/(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+DDPM_FAST_INLINE F fma(F x, F y, F z) {
+  return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
+DDPM_FAST_INLINE F sqrt(F x) { return {_mm256_sqrt_ps(x.a), _mm256_sqrt_ps(x.b)}; }
+DDPM_FAST_INLINE F min(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+DDPM_FAST_INLINE F max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+DDPM_FAST_INLINE U operator+(U x, U y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+DDPM_FAST_INLINE U operator-(U x, U y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
+DDPM_FAST_INLINE U operator&(U x, U y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
+DDPM_FAST_INLINE U operator|(U x, U y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+DDPM_FAST_INLINE U operator^(U x, U y) { return {_mm256_xor_si256(x.a, y.a), _mm256_xor_si256(x.b, y.b)}; }
+template <int n> DDPM_FAST_INLINE U shift_left(U x) {
+  return {_mm256_slli_epi32(x.a, n), _mm256_slli_epi32(x.b, n)};
+}
+template <int n> DDPM_FAST_INLINE U shift_right(U x) {
+  return {_mm256_srli_epi32(x.a, n), _mm256_srli_epi32(x.b, n)};
+}
+DDPM_FAST_INLINE F from_int(U x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+DDPM_FAST_INLINE U bits(F x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
+DDPM_FAST_INLINE F from_bits(U x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
+DDPM_FAST_INLINE Mask negative(U x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
+DDPM_FAST_INLINE F select(Mask m, F yes, F no) {
+  return {_mm256_blendv_ps(no.a, yes.a, m.a), _mm256_blendv_ps(no.b, yes.b, m.b)};
+}
+
+DDPM_FAST_INLINE void multiply_wide_half(__m256i a, __m256i m, __m256i& low, __m256i& high) {
+  const __m256i even = _mm256_mul_epu32(a, m);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), m);
+  low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+  high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+}
+DDPM_FAST_INLINE void multiply_wide(U x, U m, U& low, U& high) {
+  multiply_wide_half(x.a, m.a, low.a, high.a);
+  multiply_wide_half(x.b, m.b, low.b, high.b);
+}
+
+DDPM_FAST_INLINE void transpose4_half(__m256& a, __m256& b, __m256& c, __m256& d) {
+  const __m256 ab0 = _mm256_unpacklo_ps(a, b), ab1 = _mm256_unpackhi_ps(a, b);
+  const __m256 cd0 = _mm256_unpacklo_ps(c, d), cd1 = _mm256_unpackhi_ps(c, d);
+  a = _mm256_shuffle_ps(ab0, cd0, 0x44);
+  b = _mm256_shuffle_ps(ab0, cd0, 0xee);
+  c = _mm256_shuffle_ps(ab1, cd1, 0x44);
+  d = _mm256_shuffle_ps(ab1, cd1, 0xee);
+}
+DDPM_FAST_INLINE void transpose4(F& x, F& y, F& z, F& w) {
+  transpose4_half(x.a, y.a, z.a, w.a);
+  transpose4_half(x.b, y.b, z.b, w.b);
+}
+
+DDPM_FAST_INLINE F load(const Half* p) {
+  const __m128i* q = reinterpret_cast<const __m128i*>(p);
+  return {_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))};
+}
+DDPM_FAST_INLINE void store(Half* p, F x) {
+  __m128i* q = reinterpret_cast<__m128i*>(p);
+  _mm_storeu_si128(q, _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128(q + 1, _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT));
+}
+DDPM_FAST_INLINE F load(const BFloat16* p) {
+  const __m128i* q = reinterpret_cast<const __m128i*>(p);
+  const __m256i a = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(q)), 16);
+  const __m256i b = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(q + 1)), 16);
+  return {_mm256_castsi256_ps(a), _mm256_castsi256_ps(b)};
+}
+DDPM_FAST_INLINE void store_high_halves(BFloat16* p, U x) {
+  const __m256i packed = _mm256_packus_epi32(_mm256_srli_epi32(x.a, 16), _mm256_srli_epi32(x.b, 16));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+}
+DDPM_FAST_INLINE F load(const uint8_t* p) {
+  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(raw)),
+          _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(raw, 8)))};
+}
+DDPM_FAST_INLINE Mask is_nan(F x) {
+  return {_mm256_cmp_ps(x.a, x.a, _CMP_UNORD_Q), _mm256_cmp_ps(x.b, x.b, _CMP_UNORD_Q)};
+}
+
+#else
+
+struct F { float v[kLanes]; };
+struct U { uint32_t v[kLanes]; };
+struct Mask { uint32_t v[kLanes]; };
+
+#define DDPM_FAST_EACH(type, expression)             \
+  {                                                  \
+    type r;                                          \
+    for (int i = 0; i < kLanes; ++i) r.v[i] = expression; \
+    return r;                                        \
+  }
+DDPM_FAST_INLINE uint32_t word(float x) {
+  uint32_t w;
+  std::memcpy(&w, &x, 4);
+  return w;
+}
+DDPM_FAST_INLINE float real(uint32_t w) {
+  float x;
+  std::memcpy(&x, &w, 4);
+  return x;
+}
+DDPM_FAST_INLINE F splat(float x) DDPM_FAST_EACH(F, x)
+DDPM_FAST_INLINE U splat(uint32_t x) DDPM_FAST_EACH(U, x)
+DDPM_FAST_INLINE F load(const float* p) DDPM_FAST_EACH(F, p[i])
+DDPM_FAST_INLINE U load(const uint32_t* p) DDPM_FAST_EACH(U, p[i])
+DDPM_FAST_INLINE void store(float* p, F a) { std::memcpy(p, a.v, sizeof a.v); }
+DDPM_FAST_INLINE F operator+(F a, F b) DDPM_FAST_EACH(F, a.v[i] + b.v[i])
+DDPM_FAST_INLINE F operator-(F a, F b) DDPM_FAST_EACH(F, a.v[i] - b.v[i])
+DDPM_FAST_INLINE F operator*(F a, F b) DDPM_FAST_EACH(F, a.v[i] * b.v[i])
+DDPM_FAST_INLINE F operator/(F a, F b) DDPM_FAST_EACH(F, a.v[i] / b.v[i])
+DDPM_FAST_INLINE F fma(F a, F b, F c) DDPM_FAST_EACH(F, __builtin_fmaf(a.v[i], b.v[i], c.v[i]))
+DDPM_FAST_INLINE F sqrt(F a) DDPM_FAST_EACH(F, __builtin_sqrtf(a.v[i]))
+DDPM_FAST_INLINE F min(F a, F b) DDPM_FAST_EACH(F, (a.v[i] < b.v[i] ? a.v[i] : b.v[i]))
+DDPM_FAST_INLINE F max(F a, F b) DDPM_FAST_EACH(F, (a.v[i] > b.v[i] ? a.v[i] : b.v[i]))
+DDPM_FAST_INLINE U operator+(U a, U b) DDPM_FAST_EACH(U, a.v[i] + b.v[i])
+DDPM_FAST_INLINE U operator-(U a, U b) DDPM_FAST_EACH(U, a.v[i] - b.v[i])
+DDPM_FAST_INLINE U operator&(U a, U b) DDPM_FAST_EACH(U, a.v[i] & b.v[i])
+DDPM_FAST_INLINE U operator|(U a, U b) DDPM_FAST_EACH(U, a.v[i] | b.v[i])
+DDPM_FAST_INLINE U operator^(U a, U b) DDPM_FAST_EACH(U, a.v[i] ^ b.v[i])
+template <int n> DDPM_FAST_INLINE U shift_left(U a) DDPM_FAST_EACH(U, a.v[i] << n)
+template <int n> DDPM_FAST_INLINE U shift_right(U a) DDPM_FAST_EACH(U, a.v[i] >> n)
+DDPM_FAST_INLINE F from_int(U a) DDPM_FAST_EACH(F, static_cast<float>(static_cast<int32_t>(a.v[i])))
+DDPM_FAST_INLINE U bits(F a) DDPM_FAST_EACH(U, word(a.v[i]))
+DDPM_FAST_INLINE F from_bits(U a) DDPM_FAST_EACH(F, real(a.v[i]))
+DDPM_FAST_INLINE Mask negative(U a) DDPM_FAST_EACH(Mask, a.v[i] >> 31)
+DDPM_FAST_INLINE F select(Mask m, F yes, F no) DDPM_FAST_EACH(F, (m.v[i] ? yes.v[i] : no.v[i]))
+
+DDPM_FAST_INLINE void multiply_wide(U a, U m, U& low, U& high) {
+  for (int i = 0; i < kLanes; ++i) {
+    const uint64_t product = static_cast<uint64_t>(a.v[i]) * m.v[i];
+    low.v[i] = static_cast<uint32_t>(product);
+    high.v[i] = static_cast<uint32_t>(product >> 32);
+  }
+}
+
+DDPM_FAST_INLINE void transpose4(F& a, F& b, F& c, F& d) {
+  const F in[4] = {a, b, c, d};
+  F* const out[4] = {&a, &b, &c, &d};
+  for (int q = 0; q < kLanes; q += 4)
+    for (int i = 0; i < 4; ++i)
+      for (int j = 0; j < 4; ++j) out[i]->v[q + j] = in[j].v[q + i];
+}
+
+DDPM_FAST_INLINE F load(const Half* p) DDPM_FAST_EACH(F, static_cast<float>(p[i]))
+DDPM_FAST_INLINE void store(Half* p, F a) {
+  for (int i = 0; i < kLanes; ++i) p[i] = Half(a.v[i]);
+}
+DDPM_FAST_INLINE F load(const BFloat16* p) DDPM_FAST_EACH(F, static_cast<float>(p[i]))
+DDPM_FAST_INLINE void store_high_halves(BFloat16* p, U a) {
+  for (int i = 0; i < kLanes; ++i) p[i].x = static_cast<uint16_t>(a.v[i] >> 16);
+}
+DDPM_FAST_INLINE F load(const uint8_t* p) DDPM_FAST_EACH(F, static_cast<float>(p[i]))
+DDPM_FAST_INLINE Mask is_nan(F a) DDPM_FAST_EACH(Mask, a.v[i] != a.v[i])
+
+#endif
+
+// Round to nearest even, as torch does; a NaN becomes torch's quiet one.
+DDPM_FAST_INLINE void store(BFloat16* p, F a) {
+  const U b = bits(a);
+  const U rounded = b + splat(0x7fffu) + (shift_right<16>(b) & splat(1u));
+  store_high_halves(p, bits(select(is_nan(a), from_bits(splat(0x7fc00000u)), from_bits(rounded))));
+}
+
+// A partial vector: the first n lanes, the rest zero on loading and left alone on storing.
+template <class T> DDPM_FAST_INLINE F load(const T* p, int n) {
+  T buffer[kLanes] = {};
+  for (int i = 0; i < n; ++i) buffer[i] = p[i];
+  return load(buffer);
+}
+template <class T> DDPM_FAST_INLINE void store(T* p, F a, int n) {
+  T buffer[kLanes];
+  store(buffer, a);
+  for (int i = 0; i < n; ++i) p[i] = buffer[i];
+}
+
+DDPM_FAST_INLINE F operator+(F a, float b) { return a + splat(b); }
+DDPM_FAST_INLINE F operator-(F a, float b) { return a - splat(b); }
+DDPM_FAST_INLINE F operator*(F a, float b) { return a * splat(b); }
+DDPM_FAST_INLINE F operator-(float a, F b) { return splat(a) - b; }
+DDPM_FAST_INLINE F max(F a, float b) { return max(a, splat(b)); }
+DDPM_FAST_INLINE F min(F a, float b) { return min(a, splat(b)); }
+
+#include "ddpm_fast/normal.h"
+#include "ddpm_fast/philox.h"
+#include "ddpm_fast/step.h"
+
+}  // namespace DDPM_FAST_ISA
+}  // namespace ddpm_fast

@@ -1,0 +1,20 @@
+// Registers the CPU kernels with PyTorch through its stable ABI; the schemas are defined in ddpm_fast/ops.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/isa.h"
+#include "cpu/kernels.h"
+
+STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
+  m.impl("normal.cpu", TORCH_BOX(&ddpm_fast::normal));
+}
+
+static PyObject* cpu_isa(PyObject*, PyObject*) { return PyUnicode_FromString(ddpm_fast::isa_name()); }
+
+static PyMethodDef methods[] = {
+    {"cpu_isa", cpu_isa, METH_NOARGS, "The instruction set that the CPU kernels use: avx512, avx2 or generic."},
+    {nullptr, nullptr, 0, nullptr},
+};
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }

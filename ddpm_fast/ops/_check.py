@@ -1,0 +1,76 @@
+"""Checks that the public functions share. Each raises before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+STREAMS = {"x_T": 0, "noise": 1, "training": 2, "timesteps": 3, "corrector": 4, "augmentation": 5}
+
+
+def stream_number(stream: str) -> int:
+    number = STREAMS.get(stream)
+    if number is None:
+        raise ValueError(f"stream must be one of {list(STREAMS)}, not {stream!r}")
+    return number
+
+
+def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
+    """A seed as the ops take it: one int64 element whose 64 bits are the key."""
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
+            raise ValueError(
+                f"seed must be an int or an int64 tensor of one element on {device}, "
+                f"not {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}"
+            )
+        return seed.reshape(1)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int or an int64 tensor, not {type(seed).__name__}")
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed must lie in [0, 2^64), not {seed}")
+    return torch.tensor((seed if seed < 1 << 63 else seed - (1 << 64),), dtype=torch.int64, device=device)
+
+
+def counter_tensor(value: int | Tensor, name: str, samples: int, device: torch.device) -> Tensor:
+    """A step number, or one for each sample, as the ops take them: int64, (1,) or (N,)."""
+    if isinstance(value, Tensor):
+        if value.dtype != torch.int64 or value.numel() not in (1, samples) or value.device != device:
+            raise ValueError(
+                f"{name} must be an int or an int64 tensor of 1 or {samples} elements on {device}, "
+                f"not {value.dtype} of shape {tuple(value.shape)} on {value.device}"
+            )
+        return value.reshape(-1)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int or an int64 tensor, not {type(value).__name__}")
+    if not 0 <= value < 1 << 32:
+        raise ValueError(f"{name} must lie in [0, 2^32), not {value}")
+    return torch.tensor((value,), dtype=torch.int64, device=device)
+
+
+def sample_id_tensor(sample_ids: Sequence[int] | Tensor | None, samples: int, device: torch.device) -> Tensor | None:
+    """Sample numbers as the ops take them: int64 (N,), or None for 0 .. N-1."""
+    if sample_ids is None:
+        return None
+    if not isinstance(sample_ids, Tensor):
+        sample_ids = list(sample_ids)
+        for i, number in enumerate(sample_ids):
+            if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 1 << 32:
+                raise ValueError(f"sample_ids must be ints in [0, 2^32); number {i} is {number!r}")
+        sample_ids = torch.tensor(sample_ids, dtype=torch.int64, device=device)
+    if sample_ids.dtype != torch.int64 or sample_ids.shape != (samples,) or sample_ids.device != device:
+        raise ValueError(
+            f"sample_ids must be int64 of shape ({samples},) on {device}, "
+            f"not {sample_ids.dtype} of shape {tuple(sample_ids.shape)} on {sample_ids.device}"
+        )
+    return sample_ids.contiguous()
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the tensor is contiguous or channels_last, the layouts that kernels write."""
+    if tensor.is_contiguous():
+        return True
+    if tensor.dim() == 4:
+        return tensor.is_contiguous(memory_format=torch.channels_last)
+    return tensor.dim() == 5 and tensor.is_contiguous(memory_format=torch.channels_last_3d)

@@ -1,0 +1,237 @@
+"""Coefficient tables: a solver is a table with one row a step, which one kernel applies.
+
+A row holds everything that a step needs besides the images, so that a step is
+
+    x0 = x0_from_x * x_t - x0_from_output * output        (epsilon and v; the output itself for x0)
+    x_prev = mean_from_x0 * clip(x0) + mean_from_x * x_t + sigma * z
+
+Tables are built in float64 and cast to float32 once, on the CPU, so that every device computes with the
+same bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ddpm_fast.schedule import NoiseSchedule
+
+__all__ = ["COLUMNS", "PREDICTIONS", "VARIANCES", "CoefficientTable", "ddim_table", "ddpm_table"]
+
+COLUMNS = (
+    "x0_from_x",
+    "x0_from_output",
+    "mean_from_x0",
+    "mean_from_x",
+    "sigma",
+    "log_min",
+    "log_max",
+    "guidance_scale",
+)
+"""What the columns of a table hold, in order."""
+
+PREDICTIONS = ("epsilon", "x0", "v", "x_prev")
+"""What a network may predict."""
+
+VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
+"""Where the variance of an ancestral step may come from."""
+
+
+@dataclass(frozen=True, eq=False)
+class CoefficientTable:
+    """One row of coefficients for each of S steps, the noisiest first.
+
+    Attributes:
+        solver: "ddpm" or "ddim".
+        prediction: one of `PREDICTIONS`.
+        variance: one of `VARIANCES`.
+        timesteps: int64 ``(S,)`` on the CPU, descending, numbered as in the original schedule.
+        rows: float32 ``(S, 8)`` on the CPU, the columns of `COLUMNS`. Where the solver uses a learned
+        variance, the
+            sigma column is 1, and 0 at the last step, and multiplies the standard deviation that the
+            network gives.
+        rows64: float64 ``(S, 8)`` on the CPU: the same without the cast, to measure errors against.
+    """
+
+    solver: str
+    prediction: str
+    variance: str
+    timesteps: Tensor
+    rows: Tensor
+    rows64: Tensor
+
+    @property
+    def steps(self) -> int:
+        """S, the number of steps."""
+        return len(self.rows)
+
+    @property
+    def uses_learned_variance(self) -> bool:
+        """Whether a step takes its variance from the network's output (DDIM never does)."""
+        return self.solver == "ddpm" and self.variance in ("learned", "learned_range")
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether any step adds noise."""
+        return bool((self.rows[:, COLUMNS.index("sigma")] != 0).any())
+
+    def __repr__(self) -> str:
+        return (
+            f"CoefficientTable(solver={self.solver!r}, prediction={self.prediction!r}, "
+            f"variance={self.variance!r}, steps={self.steps}, "
+            f"timesteps {int(self.timesteps[0])} .. {int(self.timesteps[-1])})"
+        )
+
+
+def ddpm_table(
+    schedule: NoiseSchedule,
+    *,
+    prediction: str = "epsilon",
+    variance: str = "fixed_small",
+    guidance_scale: float = 1.0,
+) -> CoefficientTable:
+    """Ancestral sampling with the posterior q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 7).
+
+    The table has a row for each timestep of the schedule. sigma is ``exp(0.5f * float32(log variance))`` in
+    float32. The log variance of "fixed_small" is the clipped one of the posterior, that of "fixed_large" is
+    log(beta) with the posterior's at the cleanest step. "learned_range" puts the first into log_min and
+    log(beta) into log_max (Nichol, Dhariwal 2021, eq. 15). The last step adds no noise.
+
+    Raises:
+        TypeError: `schedule` is no NoiseSchedule.
+        ValueError: an unknown `prediction` or `variance`, or coefficients beyond the range of float32, as
+            epsilon prediction has at a timestep without signal (zero terminal signal-to-noise ratio).
+    """
+    _check(schedule, prediction, variance)
+    x0_from_x, x0_from_output = _x0_columns(schedule, prediction)
+    small = schedule.posterior_log_variance_clipped
+    log_betas = schedule.betas.log()
+    mask = torch.ones_like(small)
+    mask[0] = 0.0
+    zeros = torch.zeros_like(small)
+    log_min, log_max = (small, log_betas) if variance == "learned_range" else (zeros, zeros)
+    if variance in ("learned", "learned_range"):
+        sigma, sigma64 = mask.float(), mask
+    else:
+        log_variance = small if variance == "fixed_small" else torch.cat([small[:1], log_betas[1:]])
+        sigma = mask.float() * torch.exp(0.5 * log_variance.float())
+        sigma64 = mask * torch.exp(0.5 * log_variance)
+    return _table(
+        "ddpm",
+        schedule,
+        prediction,
+        variance,
+        [
+            x0_from_x,
+            x0_from_output,
+            schedule.posterior_mean_coef1,
+            schedule.posterior_mean_coef2,
+            sigma64,
+            log_min,
+            log_max,
+            torch.full_like(small, guidance_scale),
+        ],
+        sigma,
+    )
+
+
+def ddim_table(
+    schedule: NoiseSchedule,
+    *,
+    prediction: str = "epsilon",
+    variance: str = "fixed_small",
+    eta: float = 0.0,
+    guidance_scale: float = 1.0,
+) -> CoefficientTable:
+    """DDIM (Song, Meng, Ermon 2021, eqs. 12 and 16), a row for each timestep.
+
+    epsilon is the one that belongs to the clipped x0, as in openai's code, which makes the step linear in
+    x0 and x_t. `eta` is 0 for the deterministic sampler and 1 for the variance of the DDPM posterior;
+    `variance` says only what the network's output carries, for DDIM does not use a learned variance.
+
+    Raises:
+        TypeError: `schedule` is no NoiseSchedule or `eta` no real number.
+        ValueError: as :func:`ddpm_table`; "x_prev" prediction, which determines a DDPM step and no other;
+        `eta` outside
+            [0, 1].
+    """
+    _check(schedule, prediction, variance)
+    if isinstance(eta, bool) or not isinstance(eta, (int, float)):
+        raise TypeError(f"eta must be a real number, got {type(eta).__name__}")
+    if not 0.0 <= eta <= 1.0:
+        raise ValueError(f"eta must lie in [0, 1], got {eta}")
+    if prediction == "x_prev":
+        raise ValueError("prediction='x_prev' is the mean of a DDPM step: use solver='ddpm'")
+    x0_from_x, x0_from_output = _x0_columns(schedule, prediction)
+    abar, abar_prev = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
+    sigma = eta * torch.sqrt((1.0 - abar_prev) / (1.0 - abar) * (1.0 - abar / abar_prev))
+    # 1 - abar_prev - sigma^2, the factor of epsilon squared, written as a sum of terms that are not negative.
+    shrink = abar * (1.0 - abar_prev) / (abar_prev * (1.0 - abar))
+    direction = torch.sqrt((1.0 - abar_prev) * ((1.0 - eta**2) + eta**2 * shrink))
+    epsilon_from_x = torch.rsqrt(1.0 - abar)
+    zeros = torch.zeros_like(abar)
+    return _table(
+        "ddim",
+        schedule,
+        prediction,
+        variance,
+        [
+            x0_from_x,
+            x0_from_output,
+            torch.sqrt(abar_prev) - direction * torch.sqrt(abar) * epsilon_from_x,
+            direction * epsilon_from_x,
+            sigma,
+            zeros,
+            zeros,
+            torch.full_like(abar, guidance_scale),
+        ],
+        sigma.float(),
+    )
+
+
+def _x0_columns(schedule: NoiseSchedule, prediction: str) -> tuple[Tensor, Tensor]:
+    if prediction == "epsilon":
+        return schedule.sqrt_recip_alphas_cumprod, schedule.sqrt_recipm1_alphas_cumprod
+    if prediction == "v":
+        return schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod
+    zeros = torch.zeros(schedule.timesteps, dtype=torch.float64)
+    return zeros, zeros
+
+
+def _table(
+    solver: str,
+    schedule: NoiseSchedule,
+    prediction: str,
+    variance: str,
+    columns: list[Tensor],
+    sigma: Tensor,
+) -> CoefficientTable:
+    """Stack the columns, noisiest step first; `sigma` is its float32 column, not always a plain cast."""
+    rows64 = torch.stack(columns, dim=1).flip(0)
+    rows = rows64.float()
+    rows[:, COLUMNS.index("sigma")] = sigma.flip(0)
+    timesteps = schedule.timestep_map.flip(0)
+    finite = torch.isfinite(rows)
+    if not finite.all():
+        row, column = (int(v) for v in (~finite).nonzero()[0])
+        t, abar = int(timesteps[row]), float(schedule.alphas_cumprod[-1 - row])
+        if prediction == "epsilon" and COLUMNS[column].startswith("x0"):
+            raise ValueError(
+                f"prediction='epsilon' cannot recover x0 at timestep {t}, where alphas_cumprod is {abar:.3g}: "
+                f"use a network that predicts v or x0, or another schedule"
+            )
+        raise ValueError(
+            f"{COLUMNS[column]} is not finite in float32 at timestep {t}, where alphas_cumprod is {abar:.3g}"
+        )
+    return CoefficientTable(solver, prediction, variance, timesteps, rows, rows64)
+
+
+def _check(schedule: NoiseSchedule, prediction: str, variance: str) -> None:
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
+    if variance not in VARIANCES:
+        raise ValueError(f"variance must be one of {', '.join(VARIANCES)}, got {variance!r}")
