@@ -7,6 +7,9 @@
 
 STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
   m.impl("normal.cpu", TORCH_BOX(&ddpm_fast::normal));
+  m.impl("noising.cpu", TORCH_BOX(&ddpm_fast::noising));
+  m.impl("noising_random.cpu", TORCH_BOX(&ddpm_fast::noising_random));
+  m.impl("denoise.cpu", TORCH_BOX(&ddpm_fast::denoise));
 }
 
 static PyObject* cpu_isa(PyObject*, PyObject*) { return PyUnicode_FromString(ddpm_fast::isa_name()); }

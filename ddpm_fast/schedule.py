@@ -313,8 +313,7 @@ class NoiseSchedule:
         Raises:
             TypeError: `steps` is nothing of these.
             ValueError: an impossible number of steps, a step that is out of range, repeated or out of
-            order, an
-                unknown `spacing`, or a `spacing` beside anything but an int.
+                order, an unknown `spacing`, or a `spacing` beside anything but an int.
         """
         kept = _kept_steps(steps, spacing, self.timesteps)
         if len(kept) == self.timesteps:

@@ -154,8 +154,7 @@ def ddim_table(
     Raises:
         TypeError: `schedule` is no NoiseSchedule or `eta` no real number.
         ValueError: as :func:`ddpm_table`; "x_prev" prediction, which determines a DDPM step and no other;
-        `eta` outside
-            [0, 1].
+            `eta` outside [0, 1].
     """
     _check(schedule, prediction, variance)
     if isinstance(eta, bool) or not isinstance(eta, (int, float)):
@@ -216,15 +215,15 @@ def _table(
     finite = torch.isfinite(rows)
     if not finite.all():
         row, column = (int(v) for v in (~finite).nonzero()[0])
-        t, abar = int(timesteps[row]), float(schedule.alphas_cumprod[-1 - row])
+        t = int(timesteps[row])
+        abar = float(schedule.alphas_cumprod.flip(0)[row])
+        where = f"at timestep {t}, where alphas_cumprod is {abar:.3g}"
         if prediction == "epsilon" and COLUMNS[column].startswith("x0"):
             raise ValueError(
-                f"prediction='epsilon' cannot recover x0 at timestep {t}, where alphas_cumprod is {abar:.3g}: "
+                f"prediction='epsilon' cannot recover x0 {where}: "
                 f"use a network that predicts v or x0, or another schedule"
             )
-        raise ValueError(
-            f"{COLUMNS[column]} is not finite in float32 at timestep {t}, where alphas_cumprod is {abar:.3g}"
-        )
+        raise ValueError(f"{COLUMNS[column]} is not finite in float32 {where}")
     return CoefficientTable(solver, prediction, variance, timesteps, rows, rows64)
 
 

@@ -7,10 +7,29 @@
 #include <cstdint>
 #include <optional>
 
+#include "image.h"
+
 namespace ddpm_fast {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// An image that a kernel reads, in any dtype and any layout whose pixels have one stride.
+struct Source {
+  Source() = default;
+  Source(const Tensor& tensor, const char* name);
+  const void* data = nullptr;
+  ScalarType type = ScalarType::Float;
+  Image image{};
+  explicit operator bool() const { return data != nullptr; }
+  // The source's channels from `channel` on.
+  Source from_channel(int64_t channel) const;
+  // Whether a run of the target's memory is a run of this one's, element for element.
+  bool aligned_with(const Image& target) const {
+    if (target.order() == Order::kChannelsFirst) return image.channels_first();
+    return image.channels_last() && image.channels == target.channels;
+  }
+};
 
 // A (1,) or (N,) int64 tensor, read per sample.
 struct PerSample {
@@ -20,6 +39,14 @@ struct PerSample {
 };
 
 PerSample per_sample(const Tensor& tensor, int64_t samples, const char* name);
+
+// The same where the values are rows of a table, and so must lie in [0, count).
+PerSample rows(const Tensor& tensor, int64_t samples, int64_t count, const char* name);
+
+// A contiguous float32 table with so many columns.
+const float* table(const Tensor& tensor, int64_t columns, const char* name);
+
+void check_shape(const Image& image, const Image& expected, const char* name);
 
 // The seed, the sample numbers and the stream of a draw. Without sample_ids the samples are numbered from 0.
 struct Draw {

@@ -9,6 +9,10 @@ struct NoiseKey {
   uint32_t sample_id, step, stream;
 };
 
+DDPM_FAST_INLINE NoiseKey noise_key(const Draw& draw, int64_t sample) {
+  return {{draw.key_low, draw.key_high}, draw.id(sample), draw.step(sample), draw.stream};
+}
+
 // Sixteen blocks of four normals, in element order. Lane 4q+j works on block 4j+q, so that the 4x4 transposes
 // leave each vector with sixteen successive elements.
 DDPM_FAST_INLINE void normal64(float* out, uint32_t first_block, const NoiseKey& noise) {
@@ -55,6 +59,26 @@ static inline void fill_normal_tile(float* out, float* scratch, const Image& ima
   for (int64_t c = 0; c < channels; ++c) {
     fill_normal(scratch, c * image.pixels + pixel, pixels, noise);
     for (int64_t i = 0; i < pixels; ++i) out[i * channels + c] = scratch[i];
+  }
+}
+
+// Rounds a tile to the dtype of where it goes.
+template <class T> static void narrow(T* out, const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int n = static_cast<int>(std::min<int64_t>(kLanes, count - i));
+    store_lanes(out + i, load_lanes(from + i, n), n);
+  }
+}
+
+// The noise of one tile, written where it belongs in its own dtype.
+template <class T>
+static void draw_tile(T* out, float* buffer, float* scratch, const Image& image, int64_t first, int64_t count,
+                              const NoiseKey& noise) {
+  if constexpr (std::is_same_v<T, float>) {
+    fill_normal_tile(out, scratch, image, first, count, noise);
+  } else {
+    fill_normal_tile(buffer, scratch, image, first, count, noise);
+    narrow(out, buffer, count);
   }
 }
 

@@ -272,6 +272,13 @@ template <class T> DDPM_FAST_INLINE void store(T* p, F a, int n) {
   for (int i = 0; i < n; ++i) p[i] = buffer[i];
 }
 
+// The last vector of a run may be partial; the test costs nothing beside the arithmetic.
+template <class T> DDPM_FAST_INLINE F load_lanes(const T* p, int n) { return n == kLanes ? load(p) : load(p, n); }
+template <class T> DDPM_FAST_INLINE void store_lanes(T* p, F a, int n) {
+  if (n == kLanes) store(p, a);
+  else store(p, a, n);
+}
+
 DDPM_FAST_INLINE F operator+(F a, float b) { return a + splat(b); }
 DDPM_FAST_INLINE F operator-(F a, float b) { return a - splat(b); }
 DDPM_FAST_INLINE F operator*(F a, float b) { return a * splat(b); }

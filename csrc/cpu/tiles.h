@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 
 #include "image.h"
 
@@ -41,6 +42,17 @@ class Tiles {
   static constexpr int64_t kElements = 2048;
   static constexpr int64_t kElementsPerThread = 8192;  // about what waking a thread costs
   int64_t size_, elements_, per_sample_, count_;
+};
+
+// Float buffers of a tile's size, for one thread.
+template <int n> class Buffers {
+ public:
+  explicit Buffers(const Tiles& tiles) : stride_((tiles.elements() + 15) / 16 * 16), data_(new float[n * stride_]) {}
+  float* operator[](int i) { return data_.get() + i * stride_; }
+
+ private:
+  int64_t stride_;
+  std::unique_ptr<float[]> data_;
 };
 
 }  // namespace ddpm_fast

@@ -1,5 +1,7 @@
 """The ops: each file has an op's schema, its autograd and its public function side by side."""
 
+from ddpm_fast.ops.denoise import denoise
+from ddpm_fast.ops.noising import q_sample
 from ddpm_fast.ops.random import randn, random_timesteps
 
-__all__ = ["randn", "random_timesteps"]
+__all__ = ["denoise", "q_sample", "randn", "random_timesteps"]

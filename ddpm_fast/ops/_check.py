@@ -74,3 +74,29 @@ def is_dense(tensor: Tensor) -> bool:
     if tensor.dim() == 4:
         return tensor.is_contiguous(memory_format=torch.channels_last)
     return tensor.dim() == 5 and tensor.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def one_pixel_stride(tensor: Tensor) -> Tensor:
+    """The tensor, copied where its spatial dimensions do not lie one within the other, as the kernels read them."""
+    size, stride = tensor.shape[2:], tensor.stride()[2:]
+    run = None
+    for n, s in zip(reversed(size), reversed(stride), strict=True):
+        if n != 1:
+            if run is not None and s != run:
+                return tensor.contiguous()
+            run = s * n
+    return tensor
+
+
+def rows_in_range(index: Tensor, count: int, name: str) -> None:
+    """Rejects rows outside a table; on another device than the CPU that would make the host wait, and is left out."""
+    if index.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    for i, row in enumerate(index.tolist()):
+        if not 0 <= row < count:
+            raise ValueError(f"{name} must lie in [0, {count}); element {i} is {row}")
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to know of an op on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
