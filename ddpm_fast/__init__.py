@@ -1,0 +1,20 @@
+"""Fused kernels and a drop-in sampler for denoising diffusion models in PyTorch."""
+
+from ddpm_fast.backends import available_backends, use_backend
+from ddpm_fast.ops import group_norm_silu, q_sample, randn
+from ddpm_fast.sampler import Sampler
+from ddpm_fast.schedule import NoiseSchedule
+from ddpm_fast.training.loss import diffusion_loss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "NoiseSchedule",
+    "Sampler",
+    "available_backends",
+    "diffusion_loss",
+    "group_norm_silu",
+    "q_sample",
+    "randn",
+    "use_backend",
+]

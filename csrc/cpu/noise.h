@@ -17,11 +17,12 @@ DDPM_FAST_INLINE NoiseKey noise_key(const Draw& draw, int64_t sample) {
 // leave each vector with sixteen successive elements.
 DDPM_FAST_INLINE void normal64(float* out, uint32_t first_block, const NoiseKey& noise) {
   alignas(64) static constexpr uint32_t kBlock[kLanes] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
-  U r[4] = {splat(noise.sample_id), load(kBlock) + splat(first_block), splat(noise.step), splat(noise.stream)};
+  W r[4] = {spread(splat(noise.sample_id)), spread(load(kBlock) + splat(first_block)), spread(splat(noise.step)),
+            spread(splat(noise.stream))};
   philox(r, noise.key);
   F a, b, c, d;
-  normal_pair(r[0], r[1], a, b);
-  normal_pair(r[2], r[3], c, d);
+  normal_pair(gather_words(r[0]), gather_words(r[1]), a, b);
+  normal_pair(gather_words(r[2]), gather_words(r[3]), c, d);
   transpose4(a, b, c, d);
   store(out, a);
   store(out + 16, b);
@@ -29,26 +30,26 @@ DDPM_FAST_INLINE void normal64(float* out, uint32_t first_block, const NoiseKey&
   store(out + 48, d);
 }
 
+// count normals out of the sixty-four that start at a block, leaving out the first `skip`.
+static void fill_part(float* out, uint32_t first_block, int64_t skip, int64_t count, const NoiseKey& noise) {
+  float whole[64];
+  normal64(whole, first_block, noise);
+  std::memcpy(out, whole + skip, count * sizeof(float));
+}
+
 // Elements first .. first + count - 1 of the sample, in logical (C, *) order.
-static inline void fill_normal(float* out, int64_t first, int64_t count, const NoiseKey& noise) {
+static void fill_normal(float* out, int64_t first, int64_t count, const NoiseKey& key) {
+  const NoiseKey noise = key;  // a copy, which the stores below cannot alias
   uint32_t block = static_cast<uint32_t>(first / 4);
-  int64_t skip = first % 4;
-  while (count > 0) {
-    if (skip == 0 && count >= 64) {
-      normal64(out, block, noise);
-      out += 64;
-      count -= 64;
-    } else {
-      float whole[64];
-      normal64(whole, block, noise);
-      const int64_t n = std::min<int64_t>(64 - skip, count);
-      std::memcpy(out, whole + skip, n * sizeof(float));
-      out += n;
-      count -= n;
-      skip = 0;
-    }
+  if (const int64_t skip = first % 4; skip != 0) {
+    const int64_t n = std::min(64 - skip, count);
+    fill_part(out, block, skip, n, noise);
+    out += n;
+    count -= n;
     block += 16;
   }
+  for (; count >= 64; count -= 64, out += 64, block += 16) normal64(out, block, noise);
+  if (count > 0) fill_part(out, block, 0, count, noise);
 }
 
 // Elements first .. first + count - 1 of the sample in memory order; scratch holds as many floats as a tile.

@@ -42,12 +42,21 @@ DDPM_FAST_INLINE F from_bits(U a) { return {_mm512_castsi512_ps(a.v)}; }
 DDPM_FAST_INLINE Mask negative(U a) { return {_mm512_movepi32_mask(a.v)}; }
 DDPM_FAST_INLINE F select(Mask m, F yes, F no) { return {_mm512_mask_blend_ps(m.v, no.v, yes.v)}; }
 
-// The 64-bit products of every lane with m: low and high words.
-DDPM_FAST_INLINE void multiply_wide(U a, U m, U& low, U& high) {
-  const __m512i even = _mm512_mul_epu32(a.v, m.v);
-  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), m.v);
-  low.v = _mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
-  high.v = _mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+// Words as Philox multiplies them, the even and the odd lanes apart: the low half of each 64-bit lane counts, the high
+// half may hold anything.
+struct W { __m512i even, odd; };
+DDPM_FAST_INLINE W spread(U a) { return {a.v, _mm512_srli_epi64(a.v, 32)}; }
+DDPM_FAST_INLINE U gather_words(W a) {
+  return {_mm512_mask_blend_epi32(0xaaaa, a.even, _mm512_slli_epi64(a.odd, 32))};
+}
+DDPM_FAST_INLINE W multiply(W a, uint32_t m) {
+  const __m512i v = splat(m).v;
+  return {_mm512_mul_epu32(a.even, v), _mm512_mul_epu32(a.odd, v)};
+}
+DDPM_FAST_INLINE W high(W a) { return {_mm512_srli_epi64(a.even, 32), _mm512_srli_epi64(a.odd, 32)}; }
+DDPM_FAST_INLINE W mix(W a, W b, uint32_t key) {
+  const __m512i k = splat(key).v;
+  return {_mm512_ternarylogic_epi32(a.even, b.even, k, 0x96), _mm512_ternarylogic_epi32(a.odd, b.odd, k, 0x96)};
 }
 
 // Transposes the 4x4 blocks that lanes 4q..4q+3 of a, b, c, d form.
@@ -124,15 +133,27 @@ DDPM_FAST_INLINE F select(Mask m, F yes, F no) {
   return {_mm256_blendv_ps(no.a, yes.a, m.a), _mm256_blendv_ps(no.b, yes.b, m.b)};
 }
 
-DDPM_FAST_INLINE void multiply_wide_half(__m256i a, __m256i m, __m256i& low, __m256i& high) {
-  const __m256i even = _mm256_mul_epu32(a, m);
-  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), m);
-  low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
-  high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+struct W { __m256i even_a, even_b, odd_a, odd_b; };
+DDPM_FAST_INLINE W spread(U x) { return {x.a, x.b, _mm256_srli_epi64(x.a, 32), _mm256_srli_epi64(x.b, 32)}; }
+DDPM_FAST_INLINE U gather_words(W x) {
+  return {_mm256_blend_epi32(x.even_a, _mm256_slli_epi64(x.odd_a, 32), 0xaa),
+          _mm256_blend_epi32(x.even_b, _mm256_slli_epi64(x.odd_b, 32), 0xaa)};
 }
-DDPM_FAST_INLINE void multiply_wide(U x, U m, U& low, U& high) {
-  multiply_wide_half(x.a, m.a, low.a, high.a);
-  multiply_wide_half(x.b, m.b, low.b, high.b);
+DDPM_FAST_INLINE W multiply(W x, uint32_t m) {
+  const __m256i v = splat(m).a;
+  return {_mm256_mul_epu32(x.even_a, v), _mm256_mul_epu32(x.even_b, v), _mm256_mul_epu32(x.odd_a, v),
+          _mm256_mul_epu32(x.odd_b, v)};
+}
+DDPM_FAST_INLINE W high(W x) {
+  return {_mm256_srli_epi64(x.even_a, 32), _mm256_srli_epi64(x.even_b, 32), _mm256_srli_epi64(x.odd_a, 32),
+          _mm256_srli_epi64(x.odd_b, 32)};
+}
+DDPM_FAST_INLINE W mix(W x, W y, uint32_t key) {
+  const __m256i k = splat(key).a;
+  return {_mm256_xor_si256(_mm256_xor_si256(x.even_a, k), y.even_a),
+          _mm256_xor_si256(_mm256_xor_si256(x.even_b, k), y.even_b),
+          _mm256_xor_si256(_mm256_xor_si256(x.odd_a, k), y.odd_a),
+          _mm256_xor_si256(_mm256_xor_si256(x.odd_b, k), y.odd_b)};
 }
 
 DDPM_FAST_INLINE void transpose4_half(__m256& a, __m256& b, __m256& c, __m256& d) {
@@ -224,13 +245,12 @@ DDPM_FAST_INLINE F from_bits(U a) DDPM_FAST_EACH(F, real(a.v[i]))
 DDPM_FAST_INLINE Mask negative(U a) DDPM_FAST_EACH(Mask, a.v[i] >> 31)
 DDPM_FAST_INLINE F select(Mask m, F yes, F no) DDPM_FAST_EACH(F, (m.v[i] ? yes.v[i] : no.v[i]))
 
-DDPM_FAST_INLINE void multiply_wide(U a, U m, U& low, U& high) {
-  for (int i = 0; i < kLanes; ++i) {
-    const uint64_t product = static_cast<uint64_t>(a.v[i]) * m.v[i];
-    low.v[i] = static_cast<uint32_t>(product);
-    high.v[i] = static_cast<uint32_t>(product >> 32);
-  }
-}
+struct W { uint64_t v[kLanes]; };
+DDPM_FAST_INLINE W spread(U a) DDPM_FAST_EACH(W, a.v[i])
+DDPM_FAST_INLINE U gather_words(W a) DDPM_FAST_EACH(U, static_cast<uint32_t>(a.v[i]))
+DDPM_FAST_INLINE W multiply(W a, uint32_t m) DDPM_FAST_EACH(W, static_cast<uint64_t>(static_cast<uint32_t>(a.v[i])) * m)
+DDPM_FAST_INLINE W high(W a) DDPM_FAST_EACH(W, a.v[i] >> 32)
+DDPM_FAST_INLINE W mix(W a, W b, uint32_t key) DDPM_FAST_EACH(W, a.v[i] ^ b.v[i] ^ key)
 
 DDPM_FAST_INLINE void transpose4(F& a, F& b, F& c, F& d) {
   const F in[4] = {a, b, c, d};

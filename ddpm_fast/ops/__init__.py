@@ -2,6 +2,7 @@
 
 from ddpm_fast.ops.denoise import denoise
 from ddpm_fast.ops.noising import q_sample
+from ddpm_fast.ops.norm_act import group_norm_silu
 from ddpm_fast.ops.random import randn, random_timesteps
 
-__all__ = ["denoise", "q_sample", "randn", "random_timesteps"]
+__all__ = ["denoise", "group_norm_silu", "q_sample", "randn", "random_timesteps"]

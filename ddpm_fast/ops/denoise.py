@@ -158,7 +158,16 @@ def denoise(
             noise = torch.empty_like(x_t, requires_grad=False)
             NORMAL[backends.choose(x_t)](noise, seed_value, ids, index, number)
         return reference.step(
-            x_t, model_output, unconditional, coefficients, index, prediction, variance, clip, threshold, noise
+            x_t,
+            model_output,
+            unconditional,
+            coefficients,
+            index,
+            prediction,
+            variance,
+            clip,
+            threshold,
+            noise,
         )[0]
     if out is None:
         out = torch.empty_like(x_t)

@@ -11,6 +11,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from ddpm_fast import backends
 from ddpm_fast.backends.reference import norm_act as reference
+from ddpm_fast.ops import _check
 from ddpm_fast.ops._operator import Operator
 
 NORM_ACT = Operator(
@@ -35,13 +36,23 @@ _ACTIVATIONS = {"silu": 1, None: 0}
 def _dense(x: Tensor) -> Tensor:
     """x, or a contiguous copy where a sample is neither contiguous nor channels_last.
 
-    Both are taken as they come at any number of dimensions, and so is any stride between samples: a slice of the
+    Both layouts are taken at any number of dimensions and with any stride between samples, so that a slice of the
     channels costs no copy.
     """
-    if x.is_contiguous() or x.numel() == 0:
+    if _check.is_dense(x) or x.numel() == 0:
         return x
     sample = x[0]
     return x if sample.is_contiguous() or sample.movedim(0, -1).is_contiguous() else x.contiguous()
+
+
+def _same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether the samples of two dense tensors of one shape are laid out alike."""
+    if a.stride() == b.stride():
+        return True
+    a, b = a[0], b[0]
+    return (a.is_contiguous() and b.is_contiguous()) or (
+        a.movedim(0, -1).is_contiguous() and b.movedim(0, -1).is_contiguous()
+    )
 
 
 class _NormAct(torch.autograd.Function):
@@ -65,7 +76,9 @@ class _NormAct(torch.autograd.Function):
         # float64: at mean 1e5 rounding the mean to float32 alone would move the result by 4e-3.
         mean = torch.empty((x.shape[0], num_groups), dtype=torch.float64, device=x.device)
         rstd = torch.empty_like(mean)
-        NORM_ACT[backend](x, num_groups, weight, bias, scale, shift, embedding, eps, activation, out, mean, rstd)
+        NORM_ACT[backend](
+            x, num_groups, weight, bias, scale, shift, embedding, eps, activation, out, mean, rstd
+        )
         ctx.save_for_backward(x, weight, bias, scale, shift, embedding, mean, rstd)
         ctx.num_groups, ctx.activation, ctx.backend = num_groups, activation, backend
         return out
@@ -74,8 +87,8 @@ class _NormAct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, scale, shift, embedding, mean, rstd = ctx.saved_tensors
-        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        if grad_out.stride() != x.stride():
+        grad_x = torch.empty_like(x)
+        if grad_out.stride() != grad_x.stride():
             grad_out = torch.empty_like(x).copy_(grad_out)
         parameters = (weight, bias, scale, shift, embedding)
         sums = torch.promote_types(x.dtype, torch.float32)
@@ -86,20 +99,30 @@ class _NormAct(torch.autograd.Function):
             for parameter, needed in zip(parameters, ctx.needs_input_grad[1:6], strict=True)
         ]
         NORM_ACT_BACKWARD[ctx.backend](
-            grad_out, x, mean, rstd, ctx.num_groups, *parameters, ctx.activation, grad_x, *gradients
+            grad_out,
+            x,
+            mean,
+            rstd,
+            ctx.num_groups,
+            *parameters,
+            ctx.activation,
+            grad_x if ctx.needs_input_grad[0] else None,
+            *gradients,
         )
         casts = [
             None if gradient is None else gradient.to(parameter.dtype)
             for gradient, parameter in zip(gradients, parameters, strict=True)
         ]
-        return grad_x, *casts, None, None, None, None
+        return grad_x if ctx.needs_input_grad[0] else None, *casts, None, None, None, None
 
 
 def _check_parameter(name: str, parameter: Any, shape: tuple[int, ...], x: Tensor) -> None:
     if not isinstance(parameter, Tensor):
         raise TypeError(f"{name} must be a tensor or None, not {type(parameter).__name__}")
     if parameter.shape != shape:
-        raise ValueError(f"{name} must have shape {shape} for x of shape {tuple(x.shape)}, not {tuple(parameter.shape)}")
+        raise ValueError(
+            f"{name} must have shape {shape} for x of shape {tuple(x.shape)}, not {tuple(parameter.shape)}"
+        )
     if parameter.dtype != x.dtype and parameter.dtype != torch.float32:
         raise ValueError(f"{name} must be of x's dtype {x.dtype} or float32, not {parameter.dtype}")
     if parameter.device != x.device:
@@ -118,7 +141,9 @@ def _check_x(x: Any, num_groups: Any, eps: Any) -> None:
     if num_groups < 1 or x.shape[1] % num_groups:
         raise ValueError(f"num_groups must divide x's {x.shape[1]} channels, not be {num_groups}")
     if 0 in x.shape[1:]:
-        raise ValueError(f"x must have at least one channel and one pixel a sample, not shape {tuple(x.shape)}")
+        raise ValueError(
+            f"x must have at least one channel and one pixel a sample, not shape {tuple(x.shape)}"
+        )
     if isinstance(eps, bool) or not isinstance(eps, (float, int)):
         raise TypeError(f"eps must be a float, not {type(eps).__name__}")
     if not 0 < eps < math.inf:
@@ -128,15 +153,21 @@ def _check_x(x: Any, num_groups: Any, eps: Any) -> None:
 def _check_out(out: Any, x: Tensor) -> None:
     if not isinstance(out, Tensor):
         raise TypeError(f"out must be a tensor or None, not {type(out).__name__}")
-    if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device or out.stride() != x.stride():
+    samples = x.shape[0]
+    size = x.numel() // max(samples, 1)
+    if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
         raise ValueError(
-            f"out must be like x, {x.dtype} of shape {tuple(x.shape)} and strides {x.stride()} on {x.device}, "
-            f"not {out.dtype} of shape {tuple(out.shape)} and strides {out.stride()} on {out.device}"
+            f"out must be {x.dtype} of shape {tuple(x.shape)} on {x.device}, as x, "
+            f"not {out.dtype} of shape {tuple(out.shape)} on {out.device}"
         )
-    if torch.compiler.is_compiling() or out.data_ptr() == x.data_ptr():
+    if samples and not (_same_layout(out, x) and (samples == 1 or out.stride(0) >= size)):
+        raise ValueError(f"out must be laid out like x, with strides {x.stride()}, not {out.stride()}")
+    if torch.compiler.is_compiling() or not samples:
         return
-    size = ((x.shape[0] - 1) * x.stride(0) + x[0].numel()) * x.element_size() if x.numel() else 0
-    if abs(out.data_ptr() - x.data_ptr()) < size:
+    # In place is safe, since each element is read before it is written, but only where element meets element.
+    first, last = x.data_ptr(), x.data_ptr() + ((samples - 1) * x.stride(0) + size) * x.element_size()
+    start, end = out.data_ptr(), out.data_ptr() + ((samples - 1) * out.stride(0) + size) * x.element_size()
+    if start < last and first < end and not (start == first and out.stride(0) == x.stride(0)):
         raise ValueError("out must be x itself or share no memory with it")
 
 

@@ -101,7 +101,9 @@ def step(
     return mean + sigma * noise.to(x_t.dtype), x0
 
 
-def draw(x_t: Tensor, coefficients: Tensor, index: Tensor, seed: Tensor, sample_ids: Tensor | None, stream: int) -> Tensor:
+def draw(
+    x_t: Tensor, coefficients: Tensor, index: Tensor, seed: Tensor, sample_ids: Tensor | None, stream: int
+) -> Tensor:
     """The step's own noise, zero where the table's sigma is: the last step draws none."""
     noise = torch.empty_like(x_t)
     normal(noise, seed, sample_ids, index, stream)

@@ -11,7 +11,9 @@ from torch import Tensor
 _MASK = 0xFFFFFFFF
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 (Salmon et al. 2011): four random words for each counter.
 
     Args:
@@ -21,7 +23,10 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> tupl
     key_low, key_high = seed & _MASK, (seed >> 32) & _MASK
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
     for _ in range(10):
-        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # modulo 2^64: the bits are those of the unsigned product
+        product0, product1 = (
+            c0 * 0xD2511F53,
+            c2 * 0xCD9E8D57,
+        )  # modulo 2^64: the bits are those of the unsigned product
         c0 = ((product1 >> 32) & _MASK) ^ c1 ^ key_low
         c1 = product1 & _MASK
         c2 = ((product0 >> 32) & _MASK) ^ c3 ^ key_high
