@@ -94,9 +94,7 @@ class NoiseSchedule:
         return cls._build(_squared_linspace(timesteps, beta_start, beta_end), "quadratic")
 
     @classmethod
-    def scaled_linear(
-        cls, timesteps: int, beta_start: float = 0.00085, beta_end: float = 0.012
-    ) -> NoiseSchedule:
+    def scaled_linear(cls, timesteps: int, beta_start: float = 0.00085, beta_end: float = 0.012) -> NoiseSchedule:
         """The quadratic rule with the endpoints of latent diffusion (Rombach et al. 2022).
 
         Raises: as :meth:`linear`.
@@ -148,7 +146,8 @@ class NoiseSchedule:
 
         Raises:
             TypeError: not a tensor, array or sequence of real numbers.
-            ValueError: empty, not one-dimensional, or a beta outside the range; the first bad index is named.
+            ValueError: empty, not one-dimensional, or a beta outside the range; the first bad index is
+                named.
         """
         if isinstance(betas, Tensor):
             if betas.dtype.is_complex:
@@ -321,9 +320,7 @@ class NoiseSchedule:
         abar = self._tables["alphas_cumprod"][kept]
         with np.errstate(divide="ignore", invalid="ignore"):
             betas = 1.0 - abar / np.append(1.0, abar[:-1])
-        return self._build(
-            betas, self._label, [self._timestep_map[k] for k in kept], self._original_timesteps
-        )
+        return self._build(betas, self._label, [self._timestep_map[k] for k in kept], self._original_timesteps)
 
     def rescale_zero_terminal_snr(self) -> NoiseSchedule:
         """Shift and scale sqrt(abar) so that the last step is pure noise and the first keeps its value.
@@ -390,8 +387,8 @@ def _tables(betas: _Array) -> dict[str, _Array]:
     abar_prev = np.append(1.0, abar[:-1])
     variance = betas * (1.0 - abar_prev) / (1.0 - abar)
     floor = variance[1] if len(betas) > 1 else 1e-20
-    # A zero abar gives infinities in two columns; whoever needs these two refuses them.
-    with np.errstate(divide="ignore"):
+    # A vanishing abar gives infinities in two columns; whoever needs these two refuses them.
+    with np.errstate(divide="ignore", over="ignore"):
         recip = 1.0 / abar
     return {
         "alphas": alphas,

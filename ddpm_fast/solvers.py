@@ -49,9 +49,8 @@ class CoefficientTable:
         variance: one of `VARIANCES`.
         timesteps: int64 ``(S,)`` on the CPU, descending, numbered as in the original schedule.
         rows: float32 ``(S, 8)`` on the CPU, the columns of `COLUMNS`. Where the solver uses a learned
-        variance, the
-            sigma column is 1, and 0 at the last step, and multiplies the standard deviation that the
-            network gives.
+            variance, the sigma column is 1, and 0 at the last step, and multiplies the standard deviation
+            that the network gives.
         rows64: float64 ``(S, 8)`` on the CPU: the same without the cast, to measure errors against.
     """
 

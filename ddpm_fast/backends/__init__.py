@@ -7,6 +7,7 @@ where nothing faster does. `cpu` is the C++ extension.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import warnings
 from collections.abc import Iterator
 
@@ -22,7 +23,7 @@ _forced: str | None = None
 def _load_cpu() -> str | None:
     """Loads the extension; the reason, where it cannot be."""
     try:
-        from ddpm_fast import _C  # noqa: F401
+        importlib.import_module("ddpm_fast._C")
     except ImportError as error:
         return str(error)
     return None

@@ -49,9 +49,7 @@ def counter_tensor(value: int | Tensor, name: str, samples: int, device: torch.d
     return torch.tensor((value,), dtype=torch.int64, device=device)
 
 
-def sample_id_tensor(
-    sample_ids: Sequence[int] | Tensor | None, samples: int, device: torch.device
-) -> Tensor | None:
+def sample_id_tensor(sample_ids: Sequence[int] | Tensor | None, samples: int, device: torch.device) -> Tensor | None:
     """Sample numbers as the ops take them: int64 (N,), or None for 0 .. N-1."""
     if sample_ids is None:
         return None

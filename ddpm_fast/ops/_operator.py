@@ -38,7 +38,9 @@ class Operator:
             torch.library.register_fake(f"ddpm_fast::{name}.{backend}", _fake, lib=_library)
         _library.impl(f"{name}.reference", reference, "CompositeExplicitAutograd")
         packet = getattr(torch.ops.ddpm_fast, name)
-        self._overloads = {backend: getattr(packet, backend) for backend in backends.NAMES}
+        self._overloads: dict[str, Callable[..., None]] = {
+            backend: getattr(packet, backend) for backend in backends.NAMES
+        }
 
     def __getitem__(self, backend: str) -> Callable[..., None]:
         """The torch operator of one backend."""

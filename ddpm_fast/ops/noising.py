@@ -43,9 +43,7 @@ def _check_inputs(x0: Tensor, t: Tensor, timesteps: int, noise: Tensor | None) -
             f"not {t.dtype} of shape {tuple(t.shape)} on {t.device}"
         )
     _check.rows_in_range(t, timesteps, "t")
-    if noise is not None and (
-        noise.shape != x0.shape or noise.dtype not in _FLOATS or noise.device != x0.device
-    ):
+    if noise is not None and (noise.shape != x0.shape or noise.dtype not in _FLOATS or noise.device != x0.device):
         raise ValueError(
             f"noise must be a floating-point tensor of shape {tuple(x0.shape)} on {x0.device}, "
             f"not {noise.dtype} of shape {tuple(noise.shape)} on {noise.device}"

@@ -27,7 +27,7 @@ class _ExpPoly(torch.autograd.Function):
         for coefficient in ("0x1.5558f2p-5", "0x1.555492p-3", "0x1.fffffcp-2"):
             p = p * r + float.fromhex(coefficient)
         p = ((p * r) * r + r) + 1.0
-        y = (p.view(torch.int32) + (t.view(torch.int32) << 23)).view(torch.float32)
+        y: Tensor = (p.view(torch.int32) + (t.view(torch.int32) << 23)).view(torch.float32)
         ctx.save_for_backward(y)
         return y
 

@@ -11,9 +11,7 @@ from torch import Tensor
 _MASK = 0xFFFFFFFF
 
 
-def philox(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 (Salmon et al. 2011): four random words for each counter.
 
     Args:

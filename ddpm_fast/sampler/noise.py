@@ -1,0 +1,107 @@
+"""Where the noise of a run comes from: a seed, given tensors, a function, or a torch generator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_fast.ops import _check
+from ddpm_fast.ops.random import randn
+
+NoiseFunction = Callable[[int, int, tuple[int, ...]], Tensor]
+"""``noise(draw, t, shape)``: the number of the draw, the timestep's original number, the shape wanted."""
+
+
+class SeededNoise:
+    """Noise that the step's kernel makes itself, from the seed and the samples' numbers (the default)."""
+
+    def __init__(
+        self,
+        seed: int | Tensor,
+        sample_ids: Sequence[int] | Tensor | None,
+        samples: int,
+        device: torch.device,
+    ) -> None:
+        self.seed = _check.seed_tensor(seed, device)
+        self.sample_ids = _check.sample_id_tensor(sample_ids, samples, device)
+
+    def start(self, x: Tensor) -> None:
+        """Fill `x` with x_T."""
+        randn(x.shape, seed=self.seed, sample_ids=self.sample_ids, stream="x_T", out=x)
+
+    def arguments(self, i: int, stochastic: bool) -> dict[str, Any]:
+        """What `ops.denoise` gets for step i; a solver that adds no noise has no use for it."""
+        return {"seed": self.seed, "sample_ids": self.sample_ids} if stochastic else {}
+
+
+class GivenNoise(SeededNoise):
+    """Noise from the caller's rows or function, one row a step; x_T comes from the seed."""
+
+    def __init__(
+        self,
+        noise: Tensor | NoiseFunction,
+        timesteps: list[int],
+        shape: tuple[int, ...],
+        seed: int | Tensor,
+        sample_ids: Sequence[int] | Tensor | None,
+        device: torch.device,
+    ) -> None:
+        super().__init__(seed, sample_ids, shape[0], device)
+        self.timesteps, self.shape, self.device = timesteps, shape, device
+        self.noise = noise
+        if isinstance(noise, Tensor):
+            if noise.dtype != torch.float32 or noise.device != device:
+                raise ValueError(f"noise must be float32 on {device}, got {noise.dtype} on {noise.device}")
+            if noise.dim() != len(shape) + 1 or noise.shape[1:] != shape or len(noise) < len(timesteps):
+                raise ValueError(
+                    f"noise must have a row of shape {shape} for each of the {len(timesteps)} steps, "
+                    f"got shape {tuple(noise.shape)}"
+                )
+        elif not callable(noise):
+            raise TypeError(f"noise must be a tensor of rows or noise(draw, t, shape), got {type(noise).__name__}")
+
+    def arguments(self, i: int, stochastic: bool) -> dict[str, Any]:
+        """The row of step i. The function is called whether or not its noise is used, to keep its count."""
+        if isinstance(self.noise, Tensor):
+            row = self.noise[i]
+        else:
+            row = check_noise(self.noise(i, self.timesteps[i], self.shape), self.shape, self.device)
+        return {"noise": row} if stochastic else {}
+
+
+class GeneratorNoise:
+    """Noise drawn from torch in the order of openai's loops: x_T, then once a step, used or not."""
+
+    def __init__(self, generator: torch.Generator, shape: tuple[int, ...], device: torch.device) -> None:
+        if generator.device.type != device.type:
+            raise ValueError(f"generator is on {generator.device}, the samples are on {device}")
+        self.generator = generator
+        # Contiguous whatever the layout of the samples: torch fills memory in order, and so did the original.
+        self.buffer = torch.empty(shape, dtype=torch.float32, device=device)
+
+    def start(self, x: Tensor) -> None:
+        """Fill `x` with x_T."""
+        x.copy_(self.buffer.normal_(generator=self.generator))
+
+    def arguments(self, i: int, stochastic: bool) -> dict[str, Any]:
+        """Draw the noise of step i."""
+        self.buffer.normal_(generator=self.generator)
+        return {"noise": self.buffer} if stochastic else {}
+
+
+NoiseSource = SeededNoise | GeneratorNoise
+
+
+def check_noise(noise: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """`noise` if it can be used for samples of `shape` on `device`, an error otherwise."""
+    if not isinstance(noise, Tensor):
+        raise TypeError(f"noise must be a tensor, got {type(noise).__name__}")
+    if noise.shape != shape or noise.dtype != torch.float32 or noise.device != device:
+        raise ValueError(
+            f"noise must be float32 of shape {shape} on {device}, "
+            f"got {noise.dtype} of shape {tuple(noise.shape)} on {noise.device}"
+        )
+    return noise
