@@ -41,7 +41,7 @@ def _check_state(x_t: Tensor) -> None:
 
 
 def _check_like(tensor: Tensor, name: str, shape: tuple[int, ...], x_t: Tensor) -> None:
-    if tuple(tensor.shape) != shape or tensor.dtype not in _OUTPUT_DTYPES or tensor.device != x_t.device:
+    if tensor.shape != shape or tensor.dtype not in _OUTPUT_DTYPES or tensor.device != x_t.device:
         raise ValueError(
             f"{name} must be a floating-point tensor of shape {shape} on {x_t.device}, "
             f"not {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
@@ -114,17 +114,17 @@ def denoise(
         TypeError, ValueError: for anything outside the shapes, dtypes, devices, ranges and names above.
     """
     _check_state(x_t)
-    samples, channels = x_t.shape[:2]
     if prediction not in _PREDICTIONS:
         raise ValueError(f"prediction must be one of {list(_PREDICTIONS)}, not {prediction!r}")
     if variance not in _VARIANCES:
         raise ValueError(f"variance must be one of {list(_VARIANCES)}, not {variance!r}")
     shape = tuple(x_t.shape)
+    samples, channels = shape[0], shape[1]
     output_shape = shape if variance == "fixed" else (samples, 2 * channels, *shape[2:])
     _check_like(model_output, "model_output", output_shape, x_t)
     if unconditional is not None:
         _check_like(unconditional, "unconditional", output_shape, x_t)
-    if tuple(coefficients.shape[1:]) != (_COLUMNS,) or coefficients.dtype not in (torch.float32, x_t.dtype):
+    if coefficients.shape[1:] != (_COLUMNS,) or coefficients.dtype not in (torch.float32, x_t.dtype):
         raise ValueError(
             f"coefficients must be float32 of shape (S, {_COLUMNS}), "
             f"not {coefficients.dtype} of shape {tuple(coefficients.shape)}"
@@ -144,13 +144,14 @@ def denoise(
         if seed is not None:
             raise ValueError("noise and seed exclude each other: give the noise or the seed it is drawn from")
         _check_like(noise, "noise", shape, x_t)
-    for tensor, name in ((out, "out"), (x0_out, "x0_out")):
-        if tensor is not None:
-            _check_result(tensor, name, x_t)
+    if out is not None:
+        _check_result(out, "out", x_t)
+    if x0_out is not None:
+        _check_result(x0_out, "x0_out", x_t)
 
     number = _check.stream_number(stream)
     seed_value = None if seed is None else _check.seed_tensor(seed, x_t.device)
-    ids = _check.sample_id_tensor(sample_ids, samples, x_t.device)
+    ids = None if sample_ids is None else _check.sample_id_tensor(sample_ids, samples, x_t.device)
 
     if out is None and x0_out is None and _check.needs_grad(x_t, model_output, unconditional, noise):
         # The same bits as the kernels', and autograd knows the way back.

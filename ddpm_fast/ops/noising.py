@@ -82,7 +82,8 @@ def q_sample(
     _check_inputs(x0, t, schedule.timesteps, noise)
     if noise is not None and seed is not None:
         raise ValueError("noise and seed exclude each other: give the noise or the seed it is drawn from")
-    coefficients = schedule.noising_coefficients(x0.device)
+    device = x0.device
+    coefficients = schedule.noising_coefficients(device)
     dtype = torch.float32 if x0.dtype == torch.uint8 else x0.dtype
     if not _check.is_dense(x0):
         x0 = x0.contiguous()
@@ -90,14 +91,16 @@ def q_sample(
     if noise is None:
         seed = int(torch.randint(0, 1 << 62, ()).item()) if seed is None else seed
         if not _check.needs_grad(x0):
-            x_t, noise = torch.empty_like(x0, dtype=dtype), torch.empty_like(x0, dtype=dtype)
+            samples = x0.shape[0]
+            x_t = torch.empty_like(x0, dtype=dtype)
+            noise = torch.empty_like(x_t)
             NOISING_RANDOM[backends.choose(x_t)](
                 x0,
                 t,
                 coefficients,
-                _check.seed_tensor(seed, x0.device),
-                _check.sample_id_tensor(sample_ids, x0.shape[0], x0.device),
-                _check.counter_tensor(step, "step", x0.shape[0], x0.device),
+                _check.seed_tensor(seed, device),
+                _check.sample_id_tensor(sample_ids, samples, device),
+                _check.counter_tensor(step, "step", samples, device),
                 _check.STREAMS["training"],
                 x_t,
                 noise,

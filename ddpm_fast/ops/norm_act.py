@@ -76,9 +76,7 @@ class _NormAct(torch.autograd.Function):
         # float64: at mean 1e5 rounding the mean to float32 alone would move the result by 4e-3.
         mean = torch.empty((x.shape[0], num_groups), dtype=torch.float64, device=x.device)
         rstd = torch.empty_like(mean)
-        NORM_ACT[backend](
-            x, num_groups, weight, bias, scale, shift, embedding, eps, activation, out, mean, rstd
-        )
+        NORM_ACT[backend](x, num_groups, weight, bias, scale, shift, embedding, eps, activation, out, mean, rstd)
         ctx.save_for_backward(x, weight, bias, scale, shift, embedding, mean, rstd)
         ctx.num_groups, ctx.activation, ctx.backend = num_groups, activation, backend
         return out
@@ -93,9 +91,7 @@ class _NormAct(torch.autograd.Function):
         parameters = (weight, bias, scale, shift, embedding)
         sums = torch.promote_types(x.dtype, torch.float32)
         gradients = [
-            None
-            if parameter is None or not needed
-            else torch.empty(parameter.shape, dtype=sums, device=x.device)
+            None if parameter is None or not needed else torch.empty(parameter.shape, dtype=sums, device=x.device)
             for parameter, needed in zip(parameters, ctx.needs_input_grad[1:6], strict=True)
         ]
         NORM_ACT_BACKWARD[ctx.backend](
@@ -141,9 +137,7 @@ def _check_x(x: Any, num_groups: Any, eps: Any) -> None:
     if num_groups < 1 or x.shape[1] % num_groups:
         raise ValueError(f"num_groups must divide x's {x.shape[1]} channels, not be {num_groups}")
     if 0 in x.shape[1:]:
-        raise ValueError(
-            f"x must have at least one channel and one pixel a sample, not shape {tuple(x.shape)}"
-        )
+        raise ValueError(f"x must have at least one channel and one pixel a sample, not shape {tuple(x.shape)}")
     if isinstance(eps, bool) or not isinstance(eps, (float, int)):
         raise TypeError(f"eps must be a float, not {type(eps).__name__}")
     if not 0 < eps < math.inf:

@@ -21,6 +21,13 @@ NORMAL = Operator(
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
+def _is_shape(shape: tuple[int, ...]) -> bool:
+    for n in shape:
+        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+            return False
+    return len(shape) > 0
+
+
 def randn(
     shape: Sequence[int],
     *,
@@ -57,13 +64,13 @@ def randn(
         TypeError, ValueError: for anything outside the ranges above.
     """
     shape = tuple(shape)
-    if not shape or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in shape):
+    if not _is_shape(shape):
         raise ValueError(f"shape must be (N, *) of ints >= 0, not {shape}")
     if out is None:
         if dtype not in _DTYPES:
             raise ValueError(f"dtype must be float32, float16, bfloat16 or float64, not {dtype}")
         out = torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
-    elif tuple(out.shape) != shape or out.dtype not in _DTYPES or not _check.is_dense(out):
+    elif out.shape != shape or out.dtype not in _DTYPES or not _check.is_dense(out):
         raise ValueError(
             f"out must be a contiguous or channels_last floating-point tensor of shape {shape}, "
             f"not {out.dtype} of shape {tuple(out.shape)} and strides {out.stride()}"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.schedule import NoiseSchedule
-
-diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 
 SHAPE = (2, 3, 16, 16)
 

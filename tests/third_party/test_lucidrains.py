@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,8 +10,6 @@ from ddpm_fast.sampler import Sampler
 from ddpm_fast.schedule import NoiseSchedule
 from tests.third_party.lucidrains import import_package
 
-if importlib.util.find_spec("denoising_diffusion_pytorch") is None:
-    pytest.skip("denoising-diffusion-pytorch is not installed", allow_module_level=True)
 package = import_package()
 
 PREDICTIONS = {"pred_noise": "epsilon", "pred_x0": "x0", "pred_v": "v"}

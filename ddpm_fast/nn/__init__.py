@@ -1,0 +1,9 @@
+"""Network modules built on the fused ops."""
+
+from __future__ import annotations
+
+from .embedding import timestep_embedding
+from .group_norm_silu import EagerGroupNormSiLU, GroupNormSiLU, eager_copy
+from .unet import UNet, UNetConfig
+
+__all__ = ["EagerGroupNormSiLU", "GroupNormSiLU", "UNet", "UNetConfig", "eager_copy", "timestep_embedding"]

@@ -1,0 +1,104 @@
+"""The building blocks of the U-Net: residual block, self-attention, up- and down-sampling."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .group_norm_silu import GroupNormSiLU
+
+
+def zero_init(module: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
+    """Set weight and bias to zero, so that a residual branch starts as the identity."""
+    nn.init.zeros_(module.weight)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+    return module
+
+
+class ResBlock(nn.Module):
+    """GroupNorm-SiLU-conv twice, the time embedding entering at the second norm, plus a skip connection.
+
+    Args:
+        in_channels, out_channels: channels in and out.
+        embedding_dim: width of the (already activated) time embedding.
+        num_groups: groups of both norms.
+        time_embedding: ``"add"`` (Ho et al. 2020: added before the second norm) or ``"scale_shift"``
+            (Dhariwal & Nichol 2021: scales and shifts after it).
+        dropout: probability, applied before the second convolution.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        embedding_dim: int,
+        num_groups: int,
+        time_embedding: str,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.scale_shift = time_embedding == "scale_shift"
+        self.norm1 = GroupNormSiLU(num_groups, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.embedding = nn.Linear(embedding_dim, 2 * out_channels if self.scale_shift else out_channels)
+        self.norm2 = GroupNormSiLU(num_groups, out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """``x (N, in_channels, H, W)``, ``embedding (N, embedding_dim)`` -> ``(N, out_channels, H, W)``."""
+        h = self.conv1(self.norm1(x))
+        e = self.embedding(embedding)
+        if self.scale_shift:
+            scale, shift = e.chunk(2, dim=1)
+            h = self.norm2(h, scale=scale, shift=shift)
+        else:
+            h = self.norm2(h, embedding=e)
+        h = self.conv2(self.dropout(h))
+        return self.skip(x) + h  # type: ignore[no-any-return]
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over the positions of a feature map, with a norm before and a skip around it."""
+
+    def __init__(self, channels: int, *, num_heads: int, num_groups: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = GroupNormSiLU(num_groups, channels, activation=None)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.project = zero_init(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, C, H, W)`` -> the same shape."""
+        n, c, h, w = x.shape
+        # In channels_last this permutation is the memory order: positions become rows without a copy.
+        rows = self.norm(x).permute(0, 2, 3, 1).reshape(n, h * w, c)
+        qkv = self.qkv(rows).reshape(n, h * w, 3, self.num_heads, c // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, h * w, c)
+        return x + self.project(out).reshape(n, h, w, c).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
+
+
+class Downsample(nn.Module):
+    """Halve height and width with a strided 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)  # type: ignore[no-any-return]
+
+
+class Upsample(nn.Module):
+    """Double height and width (nearest neighbour), then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # type: ignore[no-any-return]

@@ -1,0 +1,105 @@
+"""The settings of a training run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from ..nn import UNetConfig
+from .datasets import DATASETS
+from .loss import LOSSES, PREDICTIONS
+
+LR_DECAYS = ("constant", "linear", "cosine")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that determines the weights a run ends with, apart from the machine it runs on.
+
+    Args:
+        dataset: "digits", "fashion-mnist" or "folder" (see :func:`ddpm_fast.training.load_dataset`).
+        data_folder: where the data set's files are, None for digits; checkpoints do not record it.
+        image_size: side in pixels, for "folder" only.
+        unet: the network.
+        schedule, timesteps: a name that :meth:`NoiseSchedule.named` knows, and T.
+        prediction, loss: as for :func:`diffusion_loss`; prediction "epsilon", "x0" or "v".
+        steps: optimiser steps of the whole run.
+        batch_size: images a step.
+        learning_rate, weight_decay: of AdamW.
+        warmup_steps: the learning rate rises linearly over these.
+        lr_decay: what it does afterwards: "constant", or fall to 0 at `steps`, "linear" or "cosine".
+        gradient_clip: largest norm of the gradient.
+        ema_decay: of the moving average that is kept as the result.
+        flip: mirror half of the images, chosen at random.
+        seed: of initial weights, order of the data, timesteps, noise, flips and dropout.
+
+    Raises:
+        ValueError: a value outside what is described above, naming the field.
+    """
+
+    dataset: str = "fashion-mnist"
+    data_folder: str | None = None
+    image_size: int | None = None
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    schedule: str = "linear"
+    timesteps: int = 1000
+    prediction: str = "epsilon"
+    loss: str = "mse"
+    steps: int = 10000
+    batch_size: int = 64
+    learning_rate: float = 4e-4
+    weight_decay: float = 0.0
+    warmup_steps: int = 100
+    lr_decay: str = "constant"
+    gradient_clip: float = 1.0
+    ema_decay: float = 0.999
+    flip: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("dataset", DATASETS),
+            ("loss", tuple(LOSSES)),
+            ("prediction", tuple(p for p in PREDICTIONS if p != "x_prev")),
+            ("lr_decay", LR_DECAYS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        for name, smallest in (("timesteps", 1), ("steps", 1), ("batch_size", 1), ("warmup_steps", 0), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+                raise ValueError(f"{name} must be an integer of at least {smallest}, got {value!r}")
+        for name in ("learning_rate", "gradient_clip"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay!r}")
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay!r}")
+        if self.unet.output_channels != self.unet.in_channels:
+            raise ValueError("training needs a network with as many output as input channels (no learned variance)")
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of optimiser step number `step`, counted from 0."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        if self.lr_decay == "linear":
+            return self.learning_rate * (1.0 - progress)
+        if self.lr_decay == "cosine":
+            return self.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
+        return self.learning_rate
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict that JSON can hold."""
+        return {**asdict(self), "unet": self.unet.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The inverse of :meth:`to_dict`. Raises ValueError for fields that do not exist."""
+        unknown = sorted(set(values) - {item.name for item in fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown fields in a training config: {unknown}")
+        return cls(**{**values, "unet": UNetConfig.from_dict(values.get("unet", {}))})
