@@ -353,7 +353,8 @@ static void part_moments(const NormAct& op, const T* x, int64_t unit, int64_t be
   }
 }
 
-// Writes parts begin .. end - 1 of a unit of `out`, the last first since they were read last; mean and rstd are those of the unit's groups.
+// Writes parts begin .. end - 1 of a unit of `out`, the last first since they were read last; mean and rstd are those
+// of the unit's groups.
 template <class T, bool kActivation>
 static void apply_parts(const NormAct& op, const T* x, T* out, int64_t unit, int64_t begin, int64_t end,
                         const double* mean, const double* rstd) {

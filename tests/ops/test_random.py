@@ -123,7 +123,7 @@ def test_a_sample_alone_has_the_bits_it_has_in_a_batch(backend: str, layout: str
     assert same_bits(batch[7:8], alone)
 
 
-def test_the_number_of_threads_changes_nothing(threads: None) -> None:
+def test_the_number_of_threads_changes_nothing() -> None:
     torch.set_num_threads(1)
     one = df.randn((16, 3, 64, 64), seed=1)
     torch.set_num_threads(2)

@@ -93,12 +93,14 @@ def test_resumes_bit_for_bit(tmp_path: Path, stop: int, changes: dict[str, Any])
 def test_survives_being_killed(tmp_path: Path) -> None:
     """SIGKILL in another process, whenever it hits."""
     script = (
-        "import sys, json; from ddpm_fast.training import TrainConfig, train; "
+        "import sys, json, torch; from ddpm_fast.training import TrainConfig, train; "
+        "torch.set_num_threads(int(sys.argv[3])); "  # torch's own sums depend on it
         "train(TrainConfig.from_dict(json.loads(sys.argv[1])), sys.argv[2], checkpoint_every=2, log_every=1, "
         "resume=True, callback=lambda step, loss: print(step, flush=True))"
     )
     config = dataclasses.replace(CONFIG, steps=20)
     command = [sys.executable, "-c", script, json.dumps(config.to_dict()), str(tmp_path / "killed")]
+    command.append(str(torch.get_num_threads()))
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
