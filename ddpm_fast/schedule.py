@@ -8,7 +8,7 @@ cleanest step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import NoReturn
 
@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["NoiseSchedule"]
+__all__ = ["NoiseSchedule", "kept_steps"]
 
 _Array = npt.NDArray[np.float64]
 _SPACINGS = ("leading", "trailing", "linspace")
@@ -34,10 +34,11 @@ class NoiseSchedule:
     :meth:`rescale_zero_terminal_snr`. Two schedules are equal when their betas and numbering are.
     """
 
-    __slots__ = ("_betas", "_device_tables", "_label", "_original_timesteps", "_tables", "_timestep_map")
+    __slots__ = ("_betas", "_device_tables", "_imported", "_label", "_original_timesteps", "_tables", "_timestep_map")
 
     _betas: _Array
     _device_tables: dict[torch.device, Tensor]
+    _imported: dict[str, _Array]
     _label: str
     _original_timesteps: int
     _tables: dict[str, _Array]
@@ -58,6 +59,7 @@ class NoiseSchedule:
         label: str,
         timestep_map: Sequence[int] | None = None,
         original_timesteps: int | None = None,
+        imported: dict[str, _Array] | None = None,
     ) -> NoiseSchedule:
         _check_betas(betas, label)
         self = object.__new__(cls)
@@ -66,7 +68,8 @@ class NoiseSchedule:
         set_once(self, "_label", label)
         set_once(self, "_timestep_map", tuple(range(len(betas)) if timestep_map is None else timestep_map))
         set_once(self, "_original_timesteps", original_timesteps or len(betas))
-        set_once(self, "_tables", _tables(betas))
+        set_once(self, "_imported", imported or {})
+        set_once(self, "_tables", {**_tables(betas), **(imported or {})})
         set_once(self, "_device_tables", {})
         return self
 
@@ -149,20 +152,56 @@ class NoiseSchedule:
             ValueError: empty, not one-dimensional, or a beta outside the range; the first bad index is
                 named.
         """
-        if isinstance(betas, Tensor):
-            if betas.dtype.is_complex:
-                raise TypeError(f"betas must be real numbers, got dtype {betas.dtype}")
-            array = betas.detach().to(device="cpu", dtype=torch.float64).numpy().copy()
-        else:
-            try:
-                array = np.array(betas, dtype=np.float64)
-            except (TypeError, ValueError) as error:
-                raise TypeError(
-                    f"betas must be a tensor, array or sequence of real numbers, got {type(betas).__name__}"
-                ) from error
+        array = _real_array("betas", betas)
         if array.ndim != 1:
             raise ValueError(f"betas must have one dimension, got shape {tuple(array.shape)}")
         return cls._build(array, "from_betas")
+
+    @classmethod
+    def from_tables(
+        cls,
+        tables: Mapping[str, Tensor | npt.ArrayLike],
+        timestep_map: Sequence[int] | None = None,
+        original_timesteps: int | None = None,
+    ) -> NoiseSchedule:
+        """The schedule of somebody else's diffusion object, with that object's own tables, to the bit.
+
+        Tables that were kept in float32 cannot be computed again from float32 betas. Those given replace the
+        ones that would follow from the betas; a schedule respaced from this one computes all of them anew,
+        from `alphas_cumprod`.
+
+        Args:
+            tables: "betas", and any of the tables that this class has, by name, each ``(T,)`` in any real
+                dtype.
+            timestep_map: the number of each step in the schedule that the object was respaced from.
+            original_timesteps: the number of steps of that schedule.
+
+        Raises:
+            TypeError: a table of no real numbers.
+            ValueError: a table of another length, or one that is not known, or betas that :meth:`from_betas`
+                would refuse.
+        """
+        label = "imported"
+        if "betas" not in tables:
+            raise ValueError("tables must hold 'betas'")
+        betas = _real_array("betas", tables["betas"])
+        if betas.ndim != 1:
+            raise ValueError(f"betas must have one dimension, got shape {betas.shape}")
+        _check_betas(betas, label)
+        known = _tables(betas)
+        imported: dict[str, _Array] = {}
+        for name, values in tables.items():
+            if name == "betas":
+                continue
+            if name not in known:
+                raise ValueError(f"tables holds {name!r}, which is none of {', '.join(known)}")
+            array = _real_array(name, values)
+            if array.shape != betas.shape:
+                raise ValueError(f"{name} must have shape {betas.shape} as betas has, got {array.shape}")
+            imported[name] = array
+        if timestep_map is not None and len(timestep_map) != len(betas):
+            raise ValueError(f"timestep_map must have {len(betas)} entries, got {len(timestep_map)}")
+        return cls._build(betas, label, timestep_map, original_timesteps, imported)
 
     @classmethod
     def named(cls, name: str, timesteps: int) -> NoiseSchedule:
@@ -198,6 +237,11 @@ class NoiseSchedule:
     def original_timesteps(self) -> int:
         """The number of steps of the schedule that this one was respaced from (T itself if it was not)."""
         return self._original_timesteps
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether tables of this schedule are another object's own (:meth:`from_tables`)."""
+        return bool(self._imported)
 
     @property
     def timestep_map(self) -> Tensor:
@@ -314,7 +358,7 @@ class NoiseSchedule:
             ValueError: an impossible number of steps, a step that is out of range, repeated or out of
                 order, an unknown `spacing`, or a `spacing` beside anything but an int.
         """
-        kept = _kept_steps(steps, spacing, self.timesteps)
+        kept = kept_steps(steps, spacing, self.timesteps)
         if len(kept) == self.timesteps:
             return self
         abar = self._tables["alphas_cumprod"][kept]
@@ -357,6 +401,8 @@ class NoiseSchedule:
             np.array_equal(self._betas, other._betas)
             and self._timestep_map == other._timestep_map
             and self._original_timesteps == other._original_timesteps
+            and self._imported.keys() == other._imported.keys()
+            and all(np.array_equal(table, other._imported[name]) for name, table in self._imported.items())
         )
 
     def __hash__(self) -> int:
@@ -365,7 +411,7 @@ class NoiseSchedule:
     def __reduce__(self) -> tuple[Callable[..., NoiseSchedule], tuple[object, ...]]:
         return (
             type(self)._build,
-            (self._betas, self._label, self._timestep_map, self._original_timesteps),
+            (self._betas, self._label, self._timestep_map, self._original_timesteps, self._imported),
         )
 
     def __repr__(self) -> str:
@@ -415,7 +461,7 @@ def _squared_linspace(timesteps: int, beta_start: float, beta_end: float) -> _Ar
 # ---------------------------------------------------------------------- choice of steps
 
 
-def _kept_steps(steps: int | str | Iterable[int], spacing: str | None, total: int) -> list[int]:
+def kept_steps(steps: int | str | Iterable[int], spacing: str | None, total: int) -> list[int]:
     """The steps to keep, ascending, each in 0 .. total - 1 and once."""
     is_count = isinstance(steps, (int, np.integer)) and not isinstance(steps, bool)
     if spacing is not None:
@@ -526,6 +572,20 @@ def _check_betas(betas: _Array, label: str) -> None:
         )
     if (1.0 - betas[0]) == 1.0:
         raise ValueError(f"{label}: betas[0] = {betas[0]} is too small, 1 - beta rounds to 1 in float64")
+
+
+def _real_array(name: str, values: Tensor | npt.ArrayLike) -> _Array:
+    """A float64 copy."""
+    if isinstance(values, Tensor):
+        if values.dtype.is_complex:
+            raise TypeError(f"{name} must be real numbers, got dtype {values.dtype}")
+        return values.detach().to(device="cpu", dtype=torch.float64).numpy().copy()
+    try:
+        return np.array(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name} must be a tensor, array or sequence of real numbers, got {type(values).__name__}"
+        ) from error
 
 
 def _check_count(timesteps: int) -> int:
