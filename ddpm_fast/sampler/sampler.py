@@ -189,6 +189,86 @@ class Sampler:
         self._step = Step(self._table, self._schedule, bounds, quantile, guidance_scale, hooks)
         self._finish: Callable[[Tensor], None] | None = None
 
+    # ------------------------------------------------------------------ made from somebody else's object
+
+    @classmethod
+    def from_guided(cls, diffusion: Any, model: Callable[..., Any], **options: Any) -> Sampler:
+        """As `p_sample_loop` of openai's GaussianDiffusion or SpacedDiffusion, GLIDE's included, samples.
+
+        Tables, numbering, what the model predicts, its variance and `rescale_timesteps` are read from
+        `diffusion`. `options` are further arguments of Sampler: ``solver="ddim"`` with ``cond_mode="score"`` is
+        `ddim_sample_loop`.
+
+        Args:
+            diffusion: the live object.
+            model: as one passes it to `p_sample_loop`.
+
+        Raises:
+            TypeError: `diffusion` is none, or an option is given for what is read from it.
+            ValueError: it predicts something that a Sampler does not know.
+        """
+        from ddpm_fast.interop import guided
+
+        return cls(model, **guided.arguments(diffusion, options))
+
+    @classmethod
+    def from_lucidrains(cls, diffusion: Any, **options: Any) -> Sampler:
+        """As `sample` of denoising_diffusion_pytorch's GaussianDiffusion or LearnedGaussianDiffusion samples.
+
+        Its float32 buffers, its network, objective, self-conditioning, DDIM steps and eta are read from
+        `diffusion`. :meth:`sample` returns what that `sample` does: in [0, 1], unless `diffusion` was made with
+        ``auto_normalize=False``; states are in [-1, 1] all the same.
+
+        Raises:
+            TypeError: `diffusion` is none, or an option is given for what is read from it.
+            ValueError: a subclass that samples differently, or betas that are not in (0, 1).
+        """
+        from ddpm_fast.interop import lucidrains
+
+        sampler = cls(**lucidrains.arguments(diffusion, options))
+        sampler._finish = lucidrains.finish(diffusion)
+        return sampler
+
+    @classmethod
+    def from_latent_diffusion(cls, ddpm: Any, **options: Any) -> Sampler:
+        """As CompVis' DDPM or LatentDiffusion samples, in latents.
+
+        Its float32 buffers, parameterization and clip are read from `ddpm`. `options` are further arguments of
+        Sampler: ``solver="ddim", steps=50, eta=0.0`` is DDIMSampler, ``solver="plms", steps=50`` PLMSSampler. A
+        condition is ``model_kwargs={"c": c}``, the unconditional one ``uncond_kwargs={"c": uc}``.
+
+        Raises:
+            TypeError: `ddpm` is none, or an option is given for what is read from it.
+            ValueError: it does something that a Sampler does not.
+        """
+        from ddpm_fast.interop import latent_diffusion
+
+        return cls(**latent_diffusion.arguments(ddpm, options))
+
+    @classmethod
+    def from_diffusers(
+        cls, scheduler: Any, unet: Callable[..., Any], *, use_clipped_model_output: bool = False, **options: Any
+    ) -> Sampler:
+        """As a pipeline of diffusers with a DDPMScheduler or a DDIMScheduler samples.
+
+        The float32 betas and abar, and what the configuration says, are read from `scheduler`. Its timesteps are
+        taken where `set_timesteps` was called, all of them otherwise; ``steps=n`` is `set_timesteps(n)` on a
+        copy.
+
+        Args:
+            scheduler: the live object.
+            unet: the network; its `.sample` is taken.
+            use_clipped_model_output: as in `DDIMScheduler.step`.
+
+        Raises:
+            ImportError: diffusers is not installed.
+            TypeError: an option is given for what is read from `scheduler`.
+            ValueError: another scheduler, or a variance or timestep that a Sampler does not have.
+        """
+        from ddpm_fast.interop import diffusers
+
+        return cls(unet, **diffusers.arguments(scheduler, options, use_clipped_model_output))
+
     # ------------------------------------------------------------------ what it was made of
 
     @property
