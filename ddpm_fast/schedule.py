@@ -30,16 +30,27 @@ class NoiseSchedule:
     changes: each access to a table returns a copy, which the caller may write into.
 
     Make one with :meth:`linear`, :meth:`cosine`, :meth:`quadratic`, :meth:`sigmoid`, :meth:`scaled_linear`,
-    :meth:`from_betas` or :meth:`named`, and derive others with :meth:`respace` and
-    :meth:`rescale_zero_terminal_snr`. Two schedules are equal when their betas and numbering are.
+    :meth:`from_betas`, :meth:`from_tables`, :meth:`log_snr` or :meth:`named`, and derive others with
+    :meth:`respace` and :meth:`rescale_zero_terminal_snr`. Two schedules are equal when their betas, their
+    numbering and the tables given for them are.
     """
 
-    __slots__ = ("_betas", "_device_tables", "_imported", "_label", "_original_timesteps", "_tables", "_timestep_map")
+    __slots__ = (
+        "_betas",
+        "_device_tables",
+        "_imported",
+        "_label",
+        "_log_snr",
+        "_original_timesteps",
+        "_tables",
+        "_timestep_map",
+    )
 
     _betas: _Array
     _device_tables: dict[torch.device, Tensor]
     _imported: dict[str, _Array]
     _label: str
+    _log_snr: tuple[float, ...]
     _original_timesteps: int
     _tables: dict[str, _Array]
     _timestep_map: tuple[int, ...]
@@ -60,6 +71,7 @@ class NoiseSchedule:
         timestep_map: Sequence[int] | None = None,
         original_timesteps: int | None = None,
         imported: dict[str, _Array] | None = None,
+        log_snr: Sequence[float] = (),
     ) -> NoiseSchedule:
         _check_betas(betas, label)
         self = object.__new__(cls)
@@ -69,6 +81,7 @@ class NoiseSchedule:
         set_once(self, "_timestep_map", tuple(range(len(betas)) if timestep_map is None else timestep_map))
         set_once(self, "_original_timesteps", original_timesteps or len(betas))
         set_once(self, "_imported", imported or {})
+        set_once(self, "_log_snr", tuple(log_snr))
         set_once(self, "_tables", {**_tables(betas), **(imported or {})})
         set_once(self, "_device_tables", {})
         return self
@@ -226,7 +239,38 @@ class NoiseSchedule:
             raise ValueError(f"unknown schedule {name!r}: choose one of {', '.join(makers)}")
         return makers[name](timesteps)
 
+    @classmethod
+    def log_snr(cls, name: str, steps: int) -> NoiseSchedule:
+        """Continuous time, cut into `steps` equal steps from t = 1 to t = 0.
+
+        abar is the sigmoid of the log signal-to-noise ratio: "cosine" is -log(tan^2(pi/2 (t + 0.008) / 1.008)),
+        "linear" -log(expm1(1e-4 + 10 t^2)) (Kingma, Salimans, Poole, Ho, "Variational Diffusion Models" (2021),
+        as in Imagen, Saharia et al. 2022). It is computed in float32, the precision in which networks that are
+        told it were trained. The last step ends at t = 0, where some noise is left (a ratio of about 8.8 and
+        9.2): `alphas_cumprod_prev` does not start with 1.
+
+        A network gets the log signal-to-noise ratio as t. To make fewer steps, make another schedule.
+
+        Raises:
+            TypeError: `steps` is no int.
+            ValueError: an unknown name, or steps < 1.
+        """
+        if name not in _LOG_SNR:
+            raise ValueError(f"unknown log_snr schedule {name!r}: choose one of {', '.join(_LOG_SNR)}")
+        t = torch.linspace(1.0, 0.0, _check_count(steps) + 1)  # downwards, as networks have seen it rounded
+        values = _LOG_SNR[name](t).flip(0)
+        ratio = values.double().numpy()
+        abar = 1.0 / (1.0 + np.exp(-ratio))
+        betas = 1.0 - abar[1:] / abar[:-1]
+        tables = _tables(betas, abar[1:], float(abar[0]))
+        return cls._build(betas, f"log_snr {name}", imported=tables, log_snr=values[1:].tolist())
+
     # ------------------------------------------------------------------ tables
+
+    @property
+    def network_times(self) -> Tensor:
+        """``(T,)``: what a network gets as t: `timestep_map`, or float32 log signal-to-noise ratios."""
+        return torch.tensor(self._log_snr) if self._log_snr else self.timestep_map
 
     @property
     def timesteps(self) -> int:
@@ -241,7 +285,7 @@ class NoiseSchedule:
     @property
     def is_imported(self) -> bool:
         """Whether tables of this schedule are another object's own (:meth:`from_tables`)."""
-        return bool(self._imported)
+        return bool(self._imported) and not self._log_snr
 
     @property
     def timestep_map(self) -> Tensor:
@@ -361,6 +405,8 @@ class NoiseSchedule:
         kept = kept_steps(steps, spacing, self.timesteps)
         if len(kept) == self.timesteps:
             return self
+        if self._log_snr:
+            raise ValueError("a log_snr schedule cannot be respaced: make another with the steps wanted")
         abar = self._tables["alphas_cumprod"][kept]
         with np.errstate(divide="ignore", invalid="ignore"):
             betas = 1.0 - abar / np.append(1.0, abar[:-1])
@@ -376,6 +422,8 @@ class NoiseSchedule:
         Raises:
             ValueError: the schedule has only one step.
         """
+        if self._log_snr:
+            raise ValueError("a log_snr schedule cannot be rescaled: its levels are what its network is told")
         if self.timesteps < 2:
             raise ValueError("rescale_zero_terminal_snr needs at least 2 timesteps, this schedule has 1")
         root = self._tables["sqrt_alphas_cumprod"]
@@ -401,6 +449,7 @@ class NoiseSchedule:
             np.array_equal(self._betas, other._betas)
             and self._timestep_map == other._timestep_map
             and self._original_timesteps == other._original_timesteps
+            and self._log_snr == other._log_snr
             and self._imported.keys() == other._imported.keys()
             and all(np.array_equal(table, other._imported[name]) for name, table in self._imported.items())
         )
@@ -411,7 +460,7 @@ class NoiseSchedule:
     def __reduce__(self) -> tuple[Callable[..., NoiseSchedule], tuple[object, ...]]:
         return (
             type(self)._build,
-            (self._betas, self._label, self._timestep_map, self._original_timesteps, self._imported),
+            (self._betas, self._label, self._timestep_map, self._original_timesteps, self._imported, self._log_snr),
         )
 
     def __repr__(self) -> str:
@@ -427,10 +476,11 @@ class NoiseSchedule:
 # ---------------------------------------------------------------------- tables
 
 
-def _tables(betas: _Array) -> dict[str, _Array]:
+def _tables(betas: _Array, levels: _Array | None = None, start: float = 1.0) -> dict[str, _Array]:
+    """Every table; `levels`, abar, where the betas were made from it, and `start` where it does not start from 1."""
     alphas = 1.0 - betas
-    abar = np.cumprod(alphas)
-    abar_prev = np.append(1.0, abar[:-1])
+    abar = np.cumprod(alphas) if levels is None else levels
+    abar_prev = np.append(start, abar[:-1])
     variance = betas * (1.0 - abar_prev) / (1.0 - abar)
     floor = variance[1] if len(betas) > 1 else 1e-20
     # A vanishing abar gives infinities in two columns; whoever needs these two refuses them.
@@ -450,6 +500,17 @@ def _tables(betas: _Array) -> dict[str, _Array]:
         "posterior_mean_coef2": (1.0 - abar_prev) * np.sqrt(alphas) / (1.0 - abar),
         "snr": abar / (1.0 - abar),
     }
+
+
+def _log_snr_cosine(t: Tensor) -> Tensor:
+    return -torch.log((torch.cos((t + 0.008) / 1.008 * math.pi * 0.5) ** -2 - 1).clamp(min=1e-5))
+
+
+def _log_snr_linear(t: Tensor) -> Tensor:
+    return -torch.log(torch.expm1(1e-4 + 10 * t**2))
+
+
+_LOG_SNR: dict[str, Callable[[Tensor], Tensor]] = {"cosine": _log_snr_cosine, "linear": _log_snr_linear}
 
 
 def _squared_linspace(timesteps: int, beta_start: float, beta_end: float) -> _Array:

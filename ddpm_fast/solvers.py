@@ -21,6 +21,7 @@ from ddpm_fast.schedule import NoiseSchedule
 __all__ = [
     "COLUMNS",
     "PREDICTIONS",
+    "SIGMA_SOLVERS",
     "VARIANCES",
     "CoefficientTable",
     "check_eta",
@@ -44,6 +45,10 @@ COLUMNS = (
 PREDICTIONS = ("epsilon", "x0", "v", "x_prev")
 """What a network may predict."""
 
+SIGMA_SOLVERS = ("dpmpp_2m", "euler", "heun", "euler_ancestral")
+"""Solvers of the probability flow in sigma = sqrt(1 / abar - 1), and its stochastic relative. In terms of x_t an
+Euler step is DDIM's with eta 0, and an ancestral one DDIM's with eta 1."""
+
 VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
 """Where the variance of an ancestral step may come from."""
 
@@ -53,7 +58,7 @@ class CoefficientTable:
     """One row of coefficients for each of S steps, the noisiest first.
 
     Attributes:
-        solver: "ddpm", "ddim" or "plms".
+        solver: "ddpm", "ddim", "plms" or one of `SIGMA_SOLVERS`.
         prediction: one of `PREDICTIONS`.
         variance: one of `VARIANCES`.
         timesteps: int64 ``(S,)`` on the CPU, descending, numbered as in the original schedule.
@@ -162,14 +167,14 @@ def ddim_table(
     variance: str = "fixed_small",
     eta: float = 0.0,
     guidance_scale: float = 1.0,
-    final_alpha_cumprod: float = 1.0,
+    final_alpha_cumprod: float | None = None,
 ) -> CoefficientTable:
     """DDIM (Song, Meng, Ermon 2021, eqs. 12 and 16), a row for each timestep.
 
     epsilon is the one that belongs to the clipped x0, as in openai's code, which makes the step linear in
     x0 and x_t. `eta` is 0 for the deterministic sampler and 1 for the variance of the DDPM posterior;
     `variance` says only what the network's output carries, for DDIM does not use a learned variance.
-    `final_alpha_cumprod` is the abar that the last step ends at.
+    `final_alpha_cumprod` is the abar that the last step ends at, unless the schedule's own, which is 1.
 
     Raises:
         TypeError: `schedule` is no NoiseSchedule or `eta` no real number.
@@ -182,7 +187,8 @@ def ddim_table(
         raise ValueError("prediction='x_prev' is the mean of a DDPM step: use solver='ddpm'")
     x0_from_x, x0_from_output = _x0_columns(schedule, prediction)
     abar, abar_prev = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
-    abar_prev[0] = final_alpha_cumprod
+    if final_alpha_cumprod is not None:
+        abar_prev[0] = final_alpha_cumprod
     sigma = eta * torch.sqrt((1.0 - abar_prev) / (1.0 - abar) * (1.0 - abar / abar_prev))
     # 1 - abar_prev - sigma^2, the factor of epsilon squared, written as a sum of terms that are not negative.
     shrink = abar * (1.0 - abar_prev) / (abar_prev * (1.0 - abar))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ddpm_fast.modes import Mode
 from ddpm_fast.ops import _check
+from ddpm_fast.sampler.inpaint import BLENDS
 from ddpm_fast.sampler.network import TimeFunction
 from ddpm_fast.sampler.step import Hooks
 from ddpm_fast.schedule import NoiseSchedule, kept_steps
@@ -114,13 +115,15 @@ def parse_threshold(threshold: float | tuple[float, float] | None) -> tuple[floa
     return ratio, maximum
 
 
-def parse_time_input(time_input: str | TimeFunction, original_timesteps: int) -> TimeFunction | None:
+def parse_time_input(time_input: str | TimeFunction, schedule: NoiseSchedule) -> TimeFunction | None:
     if callable(time_input):
         return time_input
     if time_input == "auto":
         return None
     if time_input == "scaled":
-        factor = 1000.0 / original_timesteps
+        if schedule.network_times.is_floating_point():
+            raise ValueError("time_input='scaled' scales timesteps, and a log_snr schedule has none: use 'auto'")
+        factor = 1000.0 / schedule.original_timesteps
         return lambda t: t.float() * factor
     raise ValueError(f"time_input must be 'auto', 'scaled' or a function, got {time_input!r}")
 
@@ -144,6 +147,39 @@ def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
     if len(size) < 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in size):
         raise ValueError(f"shape must be (N, C, *) of ints >= 1, got {size}")
     return size
+
+
+def parse_inpainting(
+    mask: Tensor | None,
+    known: Tensor | None,
+    blend: str,
+    resample: int,
+    size: tuple[int, ...],
+    device: torch.device,
+) -> Tensor | None:
+    """The mask in float32 and of the samples' shape, or None without one; `known`, `blend` and `resample` checked."""
+    if blend not in BLENDS:
+        raise ValueError(f"blend must be one of {', '.join(BLENDS)}, got {blend!r}")
+    if isinstance(resample, bool) or not isinstance(resample, int):
+        raise TypeError(f"resample must be an int, got {type(resample).__name__}")
+    if resample < 1:
+        raise ValueError(f"resample must be at least 1, got {resample}")
+    if resample > 1 and blend != "repaint":
+        raise ValueError(f"resample={resample} needs blend='repaint', got blend={blend!r}")
+    if (mask is None) != (known is None):
+        raise ValueError("mask and known need each other: the images that are known, and where")
+    if mask is None or known is None:
+        return None
+    for name, given in (("mask", mask), ("known", known)):
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(given).__name__}")
+    check_state("known", known, size, device)
+    if not (mask.dtype.is_floating_point or mask.dtype == torch.bool) or mask.device != device:
+        raise ValueError(f"mask must be floating-point or bool on {device}, got {mask.dtype} on {mask.device}")
+    try:
+        return mask.float().expand(size)
+    except RuntimeError:
+        raise ValueError(f"mask must broadcast to {size}, got shape {tuple(mask.shape)}") from None
 
 
 def check_state(name: str, given: Tensor, size: tuple[int, ...], device: torch.device) -> None:

@@ -27,6 +27,20 @@ class SeededNoise:
     ) -> None:
         self.seed = _check.seed_tensor(seed, device)
         self.sample_ids = _check.sample_id_tensor(sample_ids, samples, device)
+        self.extras = 0
+
+    def extra(self, i: int, like: Tensor) -> Tensor:
+        """A draw of step i that is not the step's own, of `like`'s shape: the stream "corrector", counted."""
+        noise = randn(
+            like.shape,
+            seed=self.seed,
+            sample_ids=self.sample_ids,
+            step=self.extras,
+            stream="corrector",
+            out=torch.empty_like(like),
+        )
+        self.extras += 1
+        return noise
 
     def start(self, x: Tensor) -> None:
         """Fill `x` with x_T."""
@@ -48,6 +62,7 @@ class GivenNoise(SeededNoise):
         noise: Tensor | NoiseFunction,
         timesteps: list[int],
         draws: tuple[int, ...],
+        extras: int,
         shape: tuple[int, ...],
         seed: int | Tensor,
         sample_ids: Sequence[int] | Tensor | None,
@@ -59,7 +74,7 @@ class GivenNoise(SeededNoise):
         if isinstance(noise, Tensor):
             if noise.dtype != torch.float32 or noise.device != device:
                 raise ValueError(f"noise must be float32 on {device}, got {noise.dtype} on {noise.device}")
-            total = sum(draws)
+            total = sum(draws) + extras
             if noise.dim() != len(shape) + 1 or noise.shape[1:] != shape or len(noise) < total:
                 raise ValueError(
                     f"noise must have a row of shape {shape} for each of the {total} draws "
@@ -72,12 +87,18 @@ class GivenNoise(SeededNoise):
         """The last row of step i. The function is called whether or not its noise is used, to keep its count."""
         row = None
         for _ in range(self.draws[i]):
-            if isinstance(self.noise, Tensor):
-                row = self.noise[self.next]
-            else:
-                row = check_noise(self.noise(self.next, self.timesteps[i], self.shape), self.shape, self.device)
-            self.next += 1
+            row = self._row(i)
         return {"noise": row} if stochastic and row is not None else {}
+
+    def extra(self, i: int, like: Tensor) -> Tensor:
+        """The next row."""
+        return self._row(i)
+
+    def _row(self, i: int) -> Tensor:
+        number, self.next = self.next, self.next + 1
+        if isinstance(self.noise, Tensor):
+            return self.noise[number]
+        return check_noise(self.noise(number, self.timesteps[i], self.shape), self.shape, self.device)
 
 
 class GeneratorNoise:
@@ -101,6 +122,10 @@ class GeneratorNoise:
         for _ in range(self.draws[i]):
             self.buffer.normal_(generator=self.generator)
         return {"noise": self.buffer} if stochastic and self.draws[i] else {}
+
+    def extra(self, i: int, like: Tensor) -> Tensor:
+        """The next draw."""
+        return self.buffer.normal_(generator=self.generator)
 
 
 NoiseSource = SeededNoise | GeneratorNoise

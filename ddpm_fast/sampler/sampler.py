@@ -17,12 +17,14 @@ from ddpm_fast.sampler.arguments import (
     check_state,
     parse_clip,
     parse_hooks,
+    parse_inpainting,
     parse_number,
     parse_self_condition,
     parse_steps,
     parse_threshold,
     parse_time_input,
 )
+from ddpm_fast.sampler.inpaint import Inpainting
 from ddpm_fast.sampler.network import (
     BoundNetwork,
     TimeFunction,
@@ -45,9 +47,12 @@ from ddpm_fast.sampler.run import Run, call_with_gradients
 from ddpm_fast.sampler.state import SamplerState
 from ddpm_fast.sampler.step import Step
 from ddpm_fast.schedule import NoiseSchedule
-from ddpm_fast.solvers import COLUMNS, CoefficientTable
+from ddpm_fast.solvers import COLUMNS, SIGMA_SOLVERS, CoefficientTable
 
-_SOLVERS = ("ddpm", "ddim", "plms")
+_SOLVERS = ("ddpm", "ddim", "plms", *SIGMA_SOLVERS)
+_HISTORIES = ("plms", "dpmpp_2m")
+# Those that start from sigma * x_T and not from x_T.
+_SCALED = ("euler", "heun", "euler_ancestral")
 
 
 class Sampler:
@@ -61,7 +66,10 @@ class Sampler:
         prediction: what the model predicts: "epsilon", "x0", "v" or "x_prev" (the mean of a DDPM step).
         variance: "fixed_small", "fixed_large", "learned" or "learned_range". With the last two the model
             has 2C output channels, the prediction first.
-        solver: "ddpm" (ancestral), "ddim", or "plms" (pseudo linear multistep, without noise).
+        solver: "ddpm" (ancestral), "ddim", "plms" (pseudo linear multistep), "dpmpp_2m" (DPM-Solver++ of second
+            order), or "euler", "heun" and "euler_ancestral" (Karras et al. 2022, k-diffusion's, at the schedule's
+            own noise levels). "ddpm", "euler_ancestral" and "ddim" with `eta` add noise. "heun" calls the model
+            twice a step, but for the last.
         steps: how many of the schedule's T steps to make: None for all, an int, which chooses as the
             `reference` does, or a string such as "10,10,5" or "ddim50" as :meth:`NoiseSchedule.respace` takes
             them.
@@ -86,9 +94,9 @@ class Sampler:
             - "diffusers": its schedulers' float32 coefficients. "guided" with the same `timesteps` is the
               more accurate one.
             - "annotated": the Hugging Face article's float32 tables; no clip, epsilon, "fixed_small", DDPM.
-        time_input: what the model gets as t: "auto" the timestep's original number (int64), "scaled" that
-            number times 1000 / T (float32), or a function of the former, an int64 tensor ``(N,)``, called
-            at each step.
+        time_input: what the model gets as t: "auto" the timestep's original number (int64), and for a schedule
+            of :meth:`NoiseSchedule.log_snr` the log signal-to-noise ratio (float32); "scaled" the number times
+            1000 / T (float32); or a function of what "auto" gives, a tensor ``(N,)``, called at each step.
         cond_fn: ``cond_fn(x, t, **model_kwargs)``, the gradient of log p(y | x), `t` as the model gets it;
             called at each step with gradients enabled.
         cond_mode: what the gradient changes: "mean" moves the mean of a DDPM step by variance * gradient,
@@ -161,17 +169,19 @@ class Sampler:
 
         self.model = model
         self._mode = mode
+        self._full = schedule
+        self._positions = tuple(range(schedule.timesteps) if positions is None else positions)
         self._schedule = schedule if positions is None else schedule.respace(positions)
         self._guidance_scale = guidance_scale
         self._clip = bounds
         self._threshold = quantile
         self._self_condition = keyword
-        self._time_function = parse_time_input(time_input, schedule.original_timesteps)
+        self._time_function = parse_time_input(time_input, schedule)
         table = mode.table(
             TableRequest(
                 full=schedule,
                 kept=self._schedule,
-                positions=tuple(range(schedule.timesteps) if positions is None else positions),
+                positions=self._positions,
                 solver=solver,
                 prediction=prediction,
                 variance=variance,
@@ -184,6 +194,7 @@ class Sampler:
         if table.output_weight is not None and cond_fn is not None:
             raise ValueError("reference='diffusers' has no DDIM step with cond_fn and a clip: use reference='guided'")
         self._table = _with_temperature(table, noise_scale)
+        self._times = self._schedule.network_times.flip(0)
         self._timestep_list: list[int] = self._table.timesteps.tolist()
         self._double_channels = variance in ("learned", "learned_range")
         self._step = Step(self._table, self._schedule, bounds, quantile, guidance_scale, hooks)
@@ -314,6 +325,10 @@ class Sampler:
         generator: torch.Generator | None = ...,
         model_kwargs: Mapping[str, Any] | None = ...,
         uncond_kwargs: Mapping[str, Any] | None = ...,
+        mask: Tensor | None = ...,
+        known: Tensor | None = ...,
+        blend: Literal["before", "after", "repaint"] = ...,
+        resample: int = ...,
         progress: bool = ...,
         callback: Callable[[SamplerState], object] | None = ...,
         every: None = ...,
@@ -332,6 +347,10 @@ class Sampler:
         generator: torch.Generator | None = ...,
         model_kwargs: Mapping[str, Any] | None = ...,
         uncond_kwargs: Mapping[str, Any] | None = ...,
+        mask: Tensor | None = ...,
+        known: Tensor | None = ...,
+        blend: Literal["before", "after", "repaint"] = ...,
+        resample: int = ...,
         progress: bool = ...,
         callback: Callable[[SamplerState], object] | None = ...,
         every: int,
@@ -349,6 +368,10 @@ class Sampler:
         generator: torch.Generator | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         uncond_kwargs: Mapping[str, Any] | None = None,
+        mask: Tensor | None = None,
+        known: Tensor | None = None,
+        blend: Literal["before", "after", "repaint"] = "before",
+        resample: int = 1,
         progress: bool = False,
         callback: Callable[[SamplerState], object] | None = None,
         every: int | None = None,
@@ -361,7 +384,8 @@ class Sampler:
             seed: of x_T and of the steps' noise: an int in [0, 2^64) or an int64 tensor of one element.
             sample_ids: the samples' numbers in [0, 2^32), 0 .. N-1 unless given. A sample's noise depends
                 on the seed and its number only, not on the batch that it is drawn in.
-            x_T: float32 start, not written to; drawn from `seed` or `generator` unless given.
+            x_T: float32 start, not written to; drawn from `seed` or `generator` unless given. Standard normal
+                for every solver; "euler", "heun" and "euler_ancestral" scale it to their noise themselves.
             noise: the steps' noise: a float32 tensor ``(>= D, N, C, *)`` with a row for each draw that the
                 `reference` makes in all steps, or a function ``noise(draw, t, shape)`` of the draw's number
                 0 .. D-1 and the timestep's original number. D is S where it draws in each step.
@@ -371,6 +395,14 @@ class Sampler:
             uncond_kwargs: those of the unconditional half, under guidance. The model is called once with a
                 batch of 2N, the unconditional half first, where the arguments of both are the same tensors'
                 names with a row for each sample, and twice, unconditional first, otherwise.
+            mask: floating-point or bool, of a shape that broadcasts to ``(N, C, *)``: 1 where `known` is kept.
+            known: float32 ``(N, C, *)``, the images to complete, as the network knows images.
+            blend: where the known part, noised, replaces the state's: "before" each step (latent-diffusion's
+                DDIM), "after" each step, at the timestep that it was made from (latent-diffusion's DDPM), or
+                "repaint": after it, at the timestep that it leads to (Lugmayr et al. 2022). Its noise is one
+                more draw a step, before or after the step's own; from a seed, of the stream "corrector".
+            resample: with "repaint", how often each step is made; in between the state is noised back up, which
+                is one more draw.
             progress: show a progress bar.
             callback: called with a :class:`SamplerState` after each step; returning True ends the run.
             every: also collect the state after each `every`-th step.
@@ -390,7 +422,18 @@ class Sampler:
         """
         if callback is not None and not callable(callback):
             raise TypeError(f"callback must be callable, got {type(callback).__name__}")
-        run = self._run(shape, seed, sample_ids, x_T, noise, generator, model_kwargs, uncond_kwargs, out)
+        run = self._run(
+            shape,
+            seed,
+            sample_ids,
+            x_T,
+            noise,
+            generator,
+            model_kwargs,
+            uncond_kwargs,
+            out,
+            (mask, known, blend, resample),
+        )
         kept = None if every is None else run.storage(every)
         collected = 0
         with contextlib.closing(self._steps(run, callback is not None, progress)) as steps:
@@ -417,6 +460,10 @@ class Sampler:
         generator: torch.Generator | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         uncond_kwargs: Mapping[str, Any] | None = None,
+        mask: Tensor | None = None,
+        known: Tensor | None = None,
+        blend: Literal["before", "after", "repaint"] = "before",
+        resample: int = 1,
         progress: bool = False,
         out: Tensor | None = None,
     ) -> Iterator[SamplerState]:
@@ -426,7 +473,18 @@ class Sampler:
         first state is asked for. The model is in evaluation mode from the first state until the iterator
         ends or is closed.
         """
-        run = self._run(shape, seed, sample_ids, x_T, noise, generator, model_kwargs, uncond_kwargs, out)
+        run = self._run(
+            shape,
+            seed,
+            sample_ids,
+            x_T,
+            noise,
+            generator,
+            model_kwargs,
+            uncond_kwargs,
+            out,
+            (mask, known, blend, resample),
+        )
         return cast(Iterator[SamplerState], self._steps(run, True, progress))
 
     def _steps(self, run: Run, want_state: bool, progress: bool) -> Generator[SamplerState | None, None, None]:
@@ -474,8 +532,10 @@ class Sampler:
             TypeError, ValueError: an argument that is not as above, or a solver whose steps depend on the
                 ones before.
         """
-        if self._table.solver == "plms":
-            raise ValueError("solver='plms' has a history, which step does not keep: use stream")
+        if self._table.solver in _HISTORIES:
+            raise ValueError(f"solver={self._table.solver!r} has a history, which step does not keep: use stream")
+        if self._table.solver == "heun":
+            raise ValueError("solver='heun' asks the network twice a step, which step does not: use stream")
         if isinstance(i, bool) or not isinstance(i, int):
             raise TypeError(f"i must be an int, got {type(i).__name__}")
         if not 0 <= i < self.steps:
@@ -501,7 +561,7 @@ class Sampler:
             arguments = source.arguments(i, self._step.stochastic)
         cond_fn, gradient = self._step.hooks.cond_fn, None
         if cond_fn is not None:
-            time = self._table.timesteps[i].to(x_t.device).expand(shape[0])
+            time = self._times[i].to(x_t.device).expand(shape[0])
             time = time if self._time_function is None else self._time_function(time)
             gradient = functools.partial(call_with_gradients, cond_fn, time, model_kwargs or {})
         with torch.no_grad():
@@ -524,6 +584,7 @@ class Sampler:
         model_kwargs: Mapping[str, Any] | None,
         uncond_kwargs: Mapping[str, Any] | None,
         out: Tensor | None,
+        inpainting: tuple[Tensor | None, Tensor | None, str, int],
     ) -> Run:
         """Check a run's arguments and make its buffers."""
         size = check_shape(shape)
@@ -553,11 +614,19 @@ class Sampler:
         for name, state in (("x_T", x_T), ("out", out)):
             if state is not None:
                 check_state(name, state, size, device)
+        mask, known, blend, resample = inpainting
+        mask = parse_inpainting(mask, known, blend, resample, size, device)
+        if resample > 1 and self._table.solver in _HISTORIES:
+            raise ValueError(f"solver={self._table.solver!r} has a history and cannot make a step again: resample=1")
+        paint = None
+        if mask is not None and known is not None:
+            paint = Inpainting(mask, known, blend, resample, self._full, self._positions)
         source: NoiseSource
         if generator is not None:
             source = GeneratorNoise(generator, self._table.draws, size, device)
         elif noise is not None:
-            source = GivenNoise(noise, self._timestep_list, self._table.draws, size, seed, sample_ids, device)
+            extras = 0 if paint is None else paint.extras(self._table.draws, self._step.stochastic)
+            source = GivenNoise(noise, self._timestep_list, self._table.draws, extras, size, seed, sample_ids, device)
         else:
             source = SeededNoise(seed, sample_ids, size[0], device)
         with torch.no_grad():
@@ -568,18 +637,20 @@ class Sampler:
                 source.start(out)
             elif x_T is not out:
                 out.copy_(x_T)
+            if self._table.solver in _SCALED:
+                out.mul_(float(self._schedule.sqrt_one_minus_alphas_cumprod[-1]))
             network = BoundNetwork(
                 self.model,
                 out,
                 dtype,
                 self._output_channels(size),
-                self._table.timesteps,
+                self._times,
                 self._time_function,
                 model_kwargs or {},
                 uncond_kwargs,
                 self._self_condition,
             )
-        return Run(self._step, out, network, source, self._timestep_list)
+        return Run(self._step, out, network, source, self._timestep_list, paint)
 
 
 def _with_temperature(table: CoefficientTable, temperature: float) -> CoefficientTable:

@@ -65,7 +65,7 @@ class Step:
         self.guidance_scale = guidance_scale
         self.stochastic = table.stochastic
         self.variance = table.variance if table.uses_learned_variance else "fixed"
-        self._schedule = schedule
+        self.schedule = schedule
         self._mixes = hooks.guidance_rescale != 0.0 or table.output_weight is not None
         self._fused = (
             threshold is None and hooks.denoised_fn is None and hooks.cond_fn is None and table.output_weight is None
@@ -251,7 +251,7 @@ class Step:
     def _table_on(self, device: torch.device) -> _DeviceTable:
         found = self._on_device.get(device)
         if found is None:
-            table, schedule = self.table, self._schedule
+            table, schedule = self.table, self.schedule
             numbers = torch.arange(table.steps, dtype=torch.int64, device=device)
             score: tuple[Tensor, ...] = ()
             variance: tuple[Tensor, ...] = ()
