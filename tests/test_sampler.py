@@ -447,12 +447,31 @@ def test_a_network_may_return_a_view_of_its_input():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"solver": "ddim"}, {"guidance_scale": 2.0}, {"threshold": (0.9, 2.0)}], ids=str
+    "options",
+    [
+        {},
+        {"solver": "ddim"},
+        {"guidance_scale": 2.0},
+        {"guidance_scale": 2.0, "guidance_rescale": 0.5},
+        {"threshold": (0.9, 2.0)},
+        {"denoised_fn": torch.tanh, "cond_fn": lambda x, t: x},
+        {"cond_fn": lambda x, t: x, "cond_mode": "score"},
+        {"reference": "diffusers", "solver": "ddim"},
+        {"reference": "annotated"},
+        {"solver": "plms"},
+        {"solver": "heun"},
+        {"solver": "dpmpp_2m"},
+    ],
+    ids="-".join,
 )
-def test_loop_never_reads_a_tensor_on_the_host(options):
+@pytest.mark.parametrize("blend", [None, "before", "repaint"])
+def test_loop_never_reads_a_tensor_on_the_host(options, blend):
     """Tensors on the meta device have no values: reading one is an error."""
     sampler = Sampler(lambda x, t: x * 0.5, FULL, steps=4, **options)
-    kwargs = {"uncond_kwargs": {}} if "guidance_scale" in options else {}
+    kwargs: dict[str, object] = {"uncond_kwargs": {}} if "guidance_scale" in options else {}
+    if blend is not None:
+        empty = torch.empty(SHAPE, device="meta")
+        kwargs.update(mask=empty[:, :1], known=empty, blend=blend)
     with use_backend("reference"):
         result = sampler.sample(SHAPE, x_T=torch.empty(SHAPE, device="meta"), **kwargs)
     assert result.device.type == "meta"

@@ -283,8 +283,9 @@ class FastDDIMScheduler(_FastStep, DDIMScheduler):  # type: ignore[misc]
         """As in diffusers."""
         i = None if self.num_inference_steps is None or not 0.0 <= eta <= 1.0 else self._position(timestep)
         step = None if i is None else self._fast_step(float(eta), bool(use_clipped_model_output))
-        both = generator is not None and variance_noise is not None
-        if step is None or i is None or both or not self._takes(step, sample, model_output):
+        # A generator beside it is an error there, and another shape broadcasts.
+        odd = variance_noise is not None and (generator is not None or variance_noise.shape != sample.shape)
+        if step is None or i is None or odd or not self._takes(step, sample, model_output):
             return super().step(
                 model_output,
                 timestep,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import diffusers
@@ -271,6 +272,23 @@ def test_fast_scheduler_returns_what_theirs_returns(kind):
     assert torch.equal(x0, result.pred_original_sample)
 
 
+def test_variance_noise_takes_the_generators_place():
+    theirs, ours = pair("ddim")
+    x, output, noise = torch.randn(3, *SHAPE)
+    t = theirs.timesteps[2]
+    expected = theirs.step(output, t, x, eta=0.5, variance_noise=noise).prev_sample
+    result = ours.step(output, t, x, eta=0.5, variance_noise=noise).prev_sample
+    torch.testing.assert_close(result, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_a_copied_scheduler_goes_on():
+    _, ours = pair("ddim")
+    x, output = torch.randn(2, *SHAPE)
+    first = ours.step(output, ours.timesteps[0], x).prev_sample
+    copied = copy.deepcopy(ours)
+    assert torch.equal(copied.step(output, copied.timesteps[0], x).prev_sample, first)
+
+
 @pytest.mark.parametrize("kind", PAIRS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_keeps_its_dtype_and_is_computed_in_float32(kind, dtype):
@@ -295,6 +313,15 @@ def test_what_the_kernel_does_not_do_is_left_to_their_step():
         result = ours.step(b, t, a, generator=torch.Generator().manual_seed(1)).prev_sample
         assert torch.equal(result, expected)
         assert result.requires_grad == expected.requires_grad
+    theirs, ours = pair("ddim")
+    x, output, noise = torch.randn(3, *SHAPE)
+    broadcast = {"eta": 0.5, "variance_noise": noise[:1]}
+    assert torch.equal(
+        ours.step(output, t, x, **broadcast).prev_sample, theirs.step(output, t, x, **broadcast).prev_sample
+    )
+    with pytest.raises(ValueError, match="both generator and variance_noise"):
+        ours.step(output, t, x, eta=0.5, variance_noise=noise, generator=torch.Generator())
+    theirs, ours = pair("ddpm")
     with pytest.raises(IndexError):  # a timestep that it does not make, as there
         ours.step(output.float(), 5, x.float())
 
