@@ -64,18 +64,26 @@ inline float plain(double value) {
   return value == value ? static_cast<float>(value) : std::numeric_limits<float>::quiet_NaN();
 }
 
-inline ChannelCoefficients coefficients(const NormAct& op, int64_t sample, int64_t channel, double mean, double rstd) {
-  const float* const weight = op.weight.row(sample);
-  const float* const bias = op.bias.row(sample);
-  const float* const scale = op.scale.row(sample);
-  const float* const shift = op.shift.row(sample);
-  const float* const embedding = op.embedding.row(sample);
-  const double one_plus_scale = scale ? 1.0 + scale[channel] : 1.0;
-  const double factor = (weight ? rstd * weight[channel] : rstd) * one_plus_scale;
-  const double offset = (bias ? bias[channel] * one_plus_scale : 0.0) + (shift ? shift[channel] : 0.0);
-  return {embedding ? plain(embedding[channel]) : 0.0f, plain(mean), plain(factor),
-          plain(offset - below_float(mean) * factor)};
-}
+// The parameters of one sample's channels, and what they come to.
+class Channels {
+ public:
+  Channels(const NormAct& op, int64_t sample)
+      : weight_(op.weight.row(sample)),
+        bias_(op.bias.row(sample)),
+        scale_(op.scale.row(sample)),
+        shift_(op.shift.row(sample)),
+        embedding_(op.embedding.row(sample)) {}
+  ChannelCoefficients coefficients(int64_t channel, double mean, double rstd) const {
+    const double one_plus_scale = scale_ ? 1.0 + scale_[channel] : 1.0;
+    const double factor = (weight_ ? rstd * weight_[channel] : rstd) * one_plus_scale;
+    const double offset = (bias_ ? bias_[channel] * one_plus_scale : 0.0) + (shift_ ? shift_[channel] : 0.0);
+    return {embedding_ ? plain(embedding_[channel]) : 0.0f, plain(mean), plain(factor),
+            plain(offset - below_float(mean) * factor)};
+  }
+
+ private:
+  const float *weight_, *bias_, *scale_, *shift_, *embedding_;
+};
 
 // The parts of a run of channels, `pixels` each: several whole channels, or a piece of one.
 class Pieces {

@@ -132,9 +132,10 @@ static void part_sums(const NormAct& op, const T* grad_out, const T* x, T* grad_
                       int64_t end, const double* mean, const double* rstd, ChannelSums* sums) {
   if (op.order == Order::kChannelsFirst) {
     const Pieces pieces(1, op.pixels);
-    const int64_t sample = unit / op.groups, channel = unit % op.groups * op.width();
+    const Channels channels(op, unit / op.groups);
+    const int64_t channel = unit % op.groups * op.width();
     for (int64_t c = begin; c < end; ++c) {
-      const ChannelCoefficients k = coefficients(op, sample, channel + c, *mean, *rstd);
+      const ChannelCoefficients k = channels.coefficients(channel + c, *mean, *rstd);
       sums[c] = {};
       for (int64_t i = 0; i < pieces.count(); ++i) {
         const int64_t at = c * op.pixels + pieces.pixel(i);
@@ -163,18 +164,19 @@ static void part_sums(const NormAct& op, const T* grad_out, const T* x, T* grad_
   }
 }
 
-// Writes parts begin .. end - 1 of a unit of grad_x; mean, rstd and along are those of the unit's groups.
+// Writes parts begin .. end - 1 of a unit of grad_x, the last first since they were read last; mean, rstd and along are those of the unit's groups.
 template <class T, bool kActivation>
 static void gradient_parts(const NormAct& op, const T* grad_out, const T* x, T* grad_x, int64_t unit, int64_t begin,
                            int64_t end, const double* mean, const double* rstd, const Along* along) {
   const T* const grad = kept_in_grad_x<T, kActivation> ? grad_x : grad_out;
   if (op.order == Order::kChannelsFirst) {
-    const int64_t sample = unit / op.groups, channel = unit % op.groups * op.width();
+    const Channels channels(op, unit / op.groups);
+    const int64_t channel = unit % op.groups * op.width();
+    const GradientCoefficients g = gradient_coefficients(*mean, *rstd, *along);
     for (int64_t c = begin; c < end; ++c) {
-      const ChannelCoefficients k = coefficients(op, sample, channel + c, *mean, *rstd);
+      const ChannelCoefficients k = channels.coefficients(channel + c, *mean, *rstd);
       const int64_t at = c * op.pixels;
-      gradient_run<T, kActivation>(grad + at, x + at, grad_x + at, op.pixels, k,
-                                   gradient_coefficients(*mean, *rstd, *along));
+      gradient_run<T, kActivation>(grad + at, x + at, grad_x + at, op.pixels, k, g);
     }
     return;
   }
@@ -190,10 +192,12 @@ static void gradient_parts(const NormAct& op, const T* grad_out, const T* x, T* 
     constant[c] = values.constant;
   }
   for (int i = 0; i < 2; ++i) repeat_row(buffers[i], chunks.repeat(), op.channels);
-  const int64_t first = chunks.pixel(begin) * op.channels;
-  const int64_t last = (chunks.pixel(end - 1) + chunks.pixels(end - 1)) * op.channels;
-  for (int64_t at = first; at < last; at += row)
-    gradient_row<T, kActivation>(grad + at, x + at, grad_x + at, std::min(row, last - at), k, slope, constant);
+  for (int64_t i = end - 1; i >= begin; --i) {
+    const int64_t first = chunks.pixel(i) * op.channels, size = chunks.pixels(i) * op.channels;
+    for (int64_t at = first; at < first + size; at += row)
+      gradient_row<T, kActivation>(grad + at, x + at, grad_x + at, std::min(row, first + size - at), k, slope,
+                                   constant);
+  }
 }
 
 template <class T>

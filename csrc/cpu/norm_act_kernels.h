@@ -41,7 +41,7 @@ template <class T> DDPM_FAST_INLINE void put(T* run, F value, const Tail& tail) 
 }
 DDPM_FAST_INLINE F kept(F value, const Tail& tail) { return from_bits(bits(value) & tail.keep); }
 
-DDPM_FAST_INLINE double sum_of_lanes(F a) {
+DDPM_FAST_INLINE double exact_sum_of_lanes(F a) {
   float lane[kLanes];
   store(lane, a);
   double sum[4];
@@ -102,13 +102,12 @@ static Moments piece_moments(const T* x, const float* embedding, int64_t channel
   F sum[4] = {zero, zero, zero, zero};
   for (int64_t c = 0; c < some; ++c)
     sum_run<T, kEmbedding>(sum, x + c * stride, of_each, kEmbedding ? splat(embedding[c]) : zero);
-  const double total = sum_of_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
-  const float about = static_cast<float>(total / static_cast<double>(some * of_each));
+  const float about = sum_of_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])) / static_cast<float>(some * of_each);
   F first[2] = {zero, zero}, square[2] = {zero, zero};
   for (int64_t c = 0; c < channels; ++c)
     square_run<T, kEmbedding>(first, square, x + c * stride, pixels, kEmbedding ? splat(embedding[c]) : zero,
                               splat(about));
-  return moments_about(about, sum_of_lanes(first[0] + first[1]), sum_of_lanes(square[0] + square[1]),
+  return moments_about(about, exact_sum_of_lanes(first[0] + first[1]), exact_sum_of_lanes(square[0] + square[1]),
                        static_cast<double>(channels * pixels));
 }
 
@@ -297,14 +296,15 @@ class RowCoefficients {
  public:
   RowCoefficients(const NormAct& op, const Chunks& chunks, int64_t sample, const double* mean, const double* rstd)
       : rows_(chunks.row()), embedded_(op.embedding.data != nullptr) {
-    for (int64_t c = 0; c < op.channels; ++c) {
-      const int64_t g = c / op.width();
-      const ChannelCoefficients k = coefficients(op, sample, c, mean[g], rstd[g]);
-      rows_[0][c] = k.embedding;
-      rows_[1][c] = k.center;
-      rows_[2][c] = k.factor;
-      rows_[3][c] = k.offset;
-    }
+    const Channels channels(op, sample);
+    for (int64_t g = 0, c = 0; g < op.groups; ++g)
+      for (const int64_t end = c + op.width(); c < end; ++c) {
+        const ChannelCoefficients k = channels.coefficients(c, mean[g], rstd[g]);
+        rows_[0][c] = k.embedding;
+        rows_[1][c] = k.center;
+        rows_[2][c] = k.factor;
+        rows_[3][c] = k.offset;
+      }
     for (int i = 0; i < 4; ++i) repeat_row(rows_[i], chunks.repeat(), op.channels);
   }
   const float* embedding() { return embedded_ ? rows_[0] : nullptr; }
@@ -360,13 +360,14 @@ static void apply_parts(const NormAct& op, const T* x, T* out, int64_t unit, int
                         const double* mean, const double* rstd) {
   if (op.order == Order::kChannelsFirst) {
     const Pieces pieces(op.width(), op.pixels);
-    const int64_t sample = unit / op.groups, channel = unit % op.groups * op.width();
+    const int64_t channel = unit % op.groups * op.width();
     const int64_t ahead = elements_ahead<T>(op.group_size());
+    const Channels channels(op, unit / op.groups);
     for (int64_t i = end - 1; i >= begin; --i)
       for (int64_t c = pieces.channel(i); c < pieces.channel(i) + pieces.channels(i); ++c) {
         const int64_t at = c * op.pixels + pieces.pixel(i);
         apply_run<T, kActivation>(x + at, out + at, pieces.pixels(i),
-                                  coefficients(op, sample, channel + c, *mean, *rstd), ahead);
+                                  channels.coefficients(channel + c, *mean, *rstd), ahead);
       }
     return;
   }
