@@ -66,11 +66,22 @@ def is_silu_module(module: nn.Module) -> bool:
     return type(module) is nn.SiLU or "_ddpm_fast_silu" in module.__dict__
 
 
-def is_silu_function(function: Any) -> bool:
-    """Whether a function of one tensor is SiLU. Only what is seen to do nothing but arithmetic is tried out."""
-    if function is F.silu:
+def find_silu_function(function: Any) -> bool:
+    """Whether a function of one tensor is SiLU; one that is not torch's is tried out, and marked.
+
+    Only what is seen to do nothing but arithmetic is called for that.
+    """
+    if is_silu_function(function):
         return True
-    return isinstance(function, types.FunctionType) and _is_arithmetic(function) and _is_silu(function)
+    if isinstance(function, types.FunctionType) and _is_arithmetic(function) and _is_silu(function):
+        function.__dict__["_ddpm_fast_silu"] = True
+        return True
+    return False
+
+
+def is_silu_function(function: Any) -> bool:
+    """What `find_silu_function` found."""
+    return function is F.silu or getattr(function, "_ddpm_fast_silu", False) is True
 
 
 _ARITHMETIC = frozenset(

@@ -15,13 +15,13 @@ from torch import nn
 from . import fused, rewrite, source
 from .norms import FusedNorm
 from .patch import Accelerated, original_class, subclass, swap
-from .patterns import SILU, Answer, Patterns
+from .patterns import SILU, Patterns
 from .scope import Scope
 from .sites import Site
 
 _INJECTED = {rewrite.NORM_ACT: fused.norm_act, rewrite.EMBEDDED: fused.embedded, SILU: F.silu}
 
-_Answers = dict[tuple[str, str], tuple[ast.expr, Answer]]
+_Answers = dict[tuple[str, str], tuple[ast.expr, bool]]
 _Result = tuple[ast.FunctionDef, list[rewrite.Fused]] | tuple[()]
 
 _rewritten: WeakKeyDictionary[types.FunctionType, list[tuple[_Answers, _Result]]] = WeakKeyDictionary()

@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import nn
 from torch.nn.modules import module as _torch_module
 
-from .activations import is_silu_module
+from .activations import is_silu_function, is_silu_module
 from .norms import FusedNorm
 from .patch import Accelerated
 
@@ -63,7 +63,6 @@ def norm_act(
     scale: Any = None,
     shift: Any = None,
     embedding: Any = None,
-    verified: bool = False,
 ) -> Any:
     """`act(norm(x + embedding) * (1 + scale) + shift)`, in one pass where that changes nothing but the rounding.
 
@@ -72,7 +71,6 @@ def norm_act(
         x: its input.
         act: a module or a function, or None. A Sequential that starts with a SiLU is run as a whole.
         scale, shift, embedding: whatever broadcasts; in one pass only where there is one for each channel.
-        verified: whether `act`, a function, was found to be SiLU when the caller was made.
 
     The original steps are taken where a hook would miss a value, where a module has been replaced since, and for
     whatever tensor the op does not take.
@@ -82,7 +80,7 @@ def norm_act(
     fusable = isinstance(norm, FusedNorm) and "forward" not in norm.__dict__ and not hooked(norm)
     if fusable and silu:
         if not isinstance(act, nn.Module):
-            fusable = verified
+            fusable = is_silu_function(act)
         else:
             head = act
             if is_plain_sequential(act):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .. import backends
 from ..nn import GroupNormSiLU
@@ -53,6 +54,13 @@ def autocast_dtype(device: str, dtype: torch.dtype, autocast: bool) -> torch.dty
     return torch.float32 if autocast and device in _AUTOCAST_TO_FLOAT32 and dtype in _HALF else dtype
 
 
+def _is_transformed() -> bool:
+    """Whether functorch or forward-mode differentiation is at work, which the op knows nothing of."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def _rows(parameter: Any, x: Tensor) -> Tensor | None:
     """A scale or shift as (N, C), if it is one for each channel of each sample and leaves the result x's dtype."""
     if (
@@ -95,6 +103,8 @@ class FusedNorm(Accelerated, nn.GroupNorm):
         # One value a group, or none: what PyTorch makes of that is its own affair.
         if x.numel() <= self.num_groups or not x.is_floating_point() or x.is_meta or not runs_fused(x):
             return None
+        if _is_transformed():
+            return None
         casts: bool = own.get("_ddpm_fast_casts", False)
         if not casts and not x.is_cpu:
             device = x.device.type
@@ -105,7 +115,7 @@ class FusedNorm(Accelerated, nn.GroupNorm):
                 continue
             if parameter.device != x.device or parameter.shape != (self.num_channels,):
                 return None
-            if parameter.dtype != x.dtype and parameter.dtype != torch.float32:
+            if parameter.dtype != x.dtype and not (parameter.dtype == torch.float32 and x.dtype in _HALF):
                 return None
         inside: bool = own.get("_ddpm_fast_silu_inside", False)
         modulated = scale is not None or shift is not None

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .activations import find_silu_module, is_silu_function
+from .activations import find_silu_function, find_silu_module
 from .fused import is_plain_sequential
-from .scope import MISSING, Scope
+from .scope import Scope
 
 SILU = "_ddpm_fast_silu"
 """The name under which rewritten methods see torch's silu."""
@@ -27,11 +27,10 @@ class Normed(NamedTuple):
 
 
 class Activated(NamedTuple):
-    """An activation's call: what is called, on what, and whether that is a function."""
+    """An activation's call: what is called, and on what."""
 
     act: ast.expr
     inner: ast.expr
-    is_function: bool
 
 
 def _one_plus(node: ast.expr) -> ast.expr | None:
@@ -75,35 +74,38 @@ class Patterns:
     def __init__(self, scope: Scope, accepts: Callable[[object], bool]) -> None:
         self.scope = scope
         self._accepts = accepts
-        self.answers: dict[tuple[str, str], tuple[ast.expr, Answer]] = {}
+        self.answers: dict[tuple[str, str], tuple[ast.expr, bool]] = {}
 
-    def agrees(self, answers: dict[tuple[str, str], tuple[ast.expr, Answer]]) -> bool:
+    def agrees(self, answers: dict[tuple[str, str], tuple[ast.expr, bool]]) -> bool:
         return all(self._ask(question, node) == answer for (question, _), (node, answer) in answers.items())
 
-    def _ask(self, question: str, node: ast.expr) -> Answer:
+    def _ask(self, question: str, node: ast.expr) -> bool:
         key = question, ast.dump(node)
         if key not in self.answers:
             self.answers[key] = node, _QUESTIONS[question](self.scope.resolve(node), self._accepts)
         return self.answers[key][1]
 
     def is_norm_call(self, node: ast.expr) -> bool:
-        return _only_argument(node) is not None and bool(self._ask("norm", node.func))  # type: ignore[attr-defined]
+        return _only_argument(node) is not None and self._ask("norm", node.func)  # type: ignore[attr-defined]
 
     def is_sequential_call(self, node: ast.expr) -> bool:
         """Whether it calls a Sequential that starts with a norm and a SiLU."""
-        return _only_argument(node) is not None and bool(self._ask("sequential", node.func))  # type: ignore[attr-defined]
+        return _only_argument(node) is not None and self._ask("sequential", node.func)  # type: ignore[attr-defined]
+
+    def is_torch_call(self, node: ast.expr) -> bool:
+        """Whether it calls something of torch's, such as no_grad or autocast."""
+        return isinstance(node, ast.Call) and self._ask("torch", node.func)
 
     def activated(self, node: ast.expr, is_inner: Callable[[ast.expr], bool]) -> Activated | None:
         """The activation at `node`, if what it is applied to is `is_inner`."""
         argument = _only_argument(node)
         if argument is not None:
             function = node.func  # type: ignore[attr-defined]
-            kind = self._ask("silu", function) if is_inner(argument) else None
-            return Activated(function, argument, kind == "function") if kind else None
+            return Activated(function, argument) if is_inner(argument) and self._ask("silu", function) else None
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
             for value, gate in ((node.left, node.right), (node.right, node.left)):
                 if isinstance(value, ast.Name) and is_inner(value) and self._is_sigmoid_of(gate, value.id):
-                    return Activated(ast.Name(SILU, ast.Load()), value, True)
+                    return Activated(ast.Name(SILU, ast.Load()), value)
         return None
 
     def _is_sigmoid_of(self, node: ast.expr, name: str) -> bool:
@@ -112,38 +114,38 @@ class Patterns:
         function = node.func
         if not node.args:  # a tensor's method
             return isinstance(function, ast.Attribute) and function.attr == "sigmoid" and _is(function.value, name)
-        return len(node.args) == 1 and _is(node.args[0], name) and bool(self._ask("sigmoid", function))
+        return len(node.args) == 1 and _is(node.args[0], name) and self._ask("sigmoid", function)
 
 
-Answer = bool | str | None
-
-
-def _norm(found: Any, accepts: Callable[[object], bool]) -> Answer:
+def _norm(found: Any, accepts: Callable[[object], bool]) -> bool:
     return accepts(found)
 
 
-def _sequential(found: Any, accepts: Callable[[object], bool]) -> Answer:
+def _sequential(found: Any, accepts: Callable[[object], bool]) -> bool:
     return is_plain_sequential(found) and len(found) > 1 and accepts(found[0]) and find_silu_module(found[1])
 
 
-def _silu(found: Any, accepts: Callable[[object], bool]) -> Answer:
-    """What kind of SiLU it is, if it is one; a Sequential that starts with one will do."""
+def _silu(found: Any, accepts: Callable[[object], bool]) -> bool:
+    """Whether it is a SiLU, or a Sequential that starts with one."""
     if is_plain_sequential(found):
-        found = found[0] if len(found) else MISSING
-    if isinstance(found, nn.Module):
-        return "module" if find_silu_module(found) else None
-    return "function" if found is not MISSING and is_silu_function(found) else None
+        found = found[0] if len(found) else None
+    return find_silu_module(found) or find_silu_function(found)
 
 
-def _sigmoid(found: Any, accepts: Callable[[object], bool]) -> Answer:
+def _sigmoid(found: Any, accepts: Callable[[object], bool]) -> bool:
     return found is torch.sigmoid or found is F.sigmoid or type(found) is nn.Sigmoid
 
 
-_QUESTIONS: dict[str, Callable[[Any, Callable[[object], bool]], Answer]] = {
+def _torch(found: Any, accepts: Callable[[object], bool]) -> bool:
+    return str(getattr(found, "__module__", "")).split(".")[0] == "torch"
+
+
+_QUESTIONS: dict[str, Callable[[Any, Callable[[object], bool]], bool]] = {
     "norm": _norm,
     "sequential": _sequential,
     "silu": _silu,
     "sigmoid": _sigmoid,
+    "torch": _torch,
 }
 
 

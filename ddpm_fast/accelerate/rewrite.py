@@ -45,6 +45,9 @@ class Fused:
     embedded: bool = False
 
 
+# What sees a function's variables by other means than their names.
+_SEE_NAMES = frozenset(["locals", "eval", "exec"])
+
 Key = tuple[str, str]  # a variable, and the expression of the norm whose result it holds
 
 
@@ -75,8 +78,9 @@ class _Facts:
 
 def rewrite(tree: ast.FunctionDef, patterns: Patterns) -> tuple[ast.FunctionDef, list[Fused]] | None:
     """The method with its norms fused, and the calls that do it; None if there is nothing to fuse."""
-    if any(isinstance(n, (ast.Yield, ast.YieldFrom)) for part in tree.body for n in walk_here(part)):
-        return None
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Yield, ast.YieldFrom)) or (isinstance(node, ast.Name) and node.id in _SEE_NAMES):
+            return None
     facts: _Facts | None = None
     for _ in range(6):
         rewriter = _Rewriter(tree, patterns, facts)
@@ -135,10 +139,14 @@ class _Rewriter:
             for name in ("iter", "test"):
                 if hasattr(node, name):
                     setattr(node, name, self._expression(getattr(node, name), {}))
-            inside = loop or not isinstance(node, ast.With)
-            node.body = self._closed(node.body, inside)
-            if isinstance(node, (ast.For, ast.While)):
-                node.orelse = self._closed(node.orelse, loop)
+            if isinstance(node, ast.With):
+                # A context that swallows exceptions is a kind of try.
+                swallows = not all(self.patterns.is_torch_call(item.context_expr) for item in node.items)
+                self._protected += swallows
+                node.body = self._closed(node.body, loop)
+                self._protected -= swallows
+            else:
+                node.body, node.orelse = self._closed(node.body, True), self._closed(node.orelse, loop)
             return [*before, node], {}
         if isinstance(node, ast.Try):
             before = self._settle(state)
@@ -443,8 +451,6 @@ class _Expressions(ast.NodeTransformer):
 def _norm_act(norm: ast.expr, value: ast.expr, act: Activated | None, parts: list[ast.expr | None]) -> ast.expr:
     arguments = [copy.deepcopy(norm), value, *(part or ast.Constant(None) for part in parts)]
     arguments.insert(2, ast.Constant(None) if act is None else act.act)
-    if act is not None and act.is_function:
-        arguments.append(ast.Constant(True))
     while isinstance(arguments[-1], ast.Constant) and arguments[-1].value is None:
         arguments.pop()  # the defaults
     return ast.Call(_load(NORM_ACT), arguments, [])
@@ -479,6 +485,8 @@ def _is_harmless(node: ast.AST) -> bool:
     """Whether what is below writes into nothing but local variables."""
     for inner in ast.walk(node):
         if isinstance(inner, ast.Call) and not _is_harmless_call(inner):
+            return False
+        if isinstance(inner, ast.NamedExpr):
             return False
         if isinstance(inner, (ast.Attribute, ast.Subscript)) and not isinstance(inner.ctx, ast.Load):
             return False

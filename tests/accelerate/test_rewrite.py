@@ -62,6 +62,16 @@ class Functional(Block):
 
 
 @fuses("norm+silu")
+class FunctionAttribute(Block):
+    def __init__(self):
+        super().__init__()
+        self.nonlinearity = o.nonlinearity
+
+    def forward(self, x, e):
+        return self.nonlinearity(self.norm(x))
+
+
+@fuses("norm+silu")
 class Sigmoid(Block):
     def forward(self, x, e):
         h = self.norm(x)
@@ -350,6 +360,43 @@ class NestedInsideTry(Block):
 
 
 @fuses("norm")
+class ExceptionsAreSwallowed(Block):
+    def forward(self, x, e):
+        h = x
+        with contextlib.suppress(KeyError):
+            h = self.norm(h)
+            h = {}[h]
+        return self.conv(h)
+
+
+@fuses("norm+silu")
+class InsideTorchsContexts(Block):
+    def forward(self, x, e):
+        with torch.autocast("cpu", enabled=False), torch.enable_grad():
+            h = self.norm(x)
+            h = self.act(h)
+        return h
+
+
+@fuses("norm")
+class Walrus(Block):
+    def forward(self, x, e):
+        h = self.norm(x)
+        if (h := x) is not None:
+            h = self.act(h)
+        return h
+
+
+@fuses("norm")
+class Locals(Block):
+    def forward(self, x, e):
+        h = self.norm(x)
+        y = locals()["h"]
+        h = self.act(h)
+        return h + y
+
+
+@fuses("norm")
 class OtherActivations(Block):
     def forward(self, x, e):
         return self.relu(self.norm(x)) + F.gelu(x)
@@ -438,6 +485,15 @@ def test_modules_replaced_later(passes):
     passes.clear()
     torch.testing.assert_close(model(x, e), model.conv(torch.tanh(model.norm(x))))
     assert passes == []
+
+
+def test_function_replaced_later(passes):
+    model = o.fill(FunctionAttribute())
+    df.accelerate(model)
+    x = torch.randn(2, 4, 5, 3)
+    model.nonlinearity = torch.tanh
+    torch.testing.assert_close(model(x, None), torch.tanh(model.norm(x)))
+    assert passes == ["norm", "norm"]
 
 
 def test_instances_of_one_class_differ(passes):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import ddpm_fast as df
@@ -17,6 +18,7 @@ from ddpm_fast.accelerate import acceleration_report
 
 from . import originals as o
 from .test_originals import MODELS, assert_close, every_model, inputs, make
+from .test_rewrite import Functional
 
 
 def _compiled_blocks() -> dict[str, tuple[nn.Module, tuple[torch.Tensor, ...]]]:
@@ -29,10 +31,13 @@ def _compiled_blocks() -> dict[str, tuple[nn.Module, tuple[torch.Tensor, ...]]]:
         "checkpoint": (o.GuidedResBlock(8, 8, scale_shift=True, checkpointed=True), (x, emb)),
         "function": (o.CompVisResnetBlock(8, 8), (x, emb)),
         "diffusers": (resnet, (x, emb)),
+        "functional": (Functional(), (torch.randn(2, 4, 3, 3), torch.randn(2, 3))),
     }
 
 
-@pytest.mark.parametrize(("name", "grad"), [("checkpoint", True), ("function", True), ("diffusers", False)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "grad"), [("checkpoint", True), ("function", True), ("diffusers", False), ("functional", True)], ids=str
+)
 def test_compiles_as_one_graph_like_the_original(name: str, grad: bool) -> None:
     model, arguments = _compiled_blocks()[name]
     o.fill(model)
@@ -169,6 +174,27 @@ def test_fully_shard(tmp_path: object, passes: list[str]) -> None:
         assert [type(m) for m in df.restore(model).modules()] == classes
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_function_transforms() -> None:
+    """vmap, functorch's gradients and forward-mode differentiation take the original path."""
+    norm = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU())
+    x, tangent = torch.randn(3, 2, 4, 5, 5), torch.randn(3, 2, 4, 5, 5)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return norm(x).square().sum()
+
+    def results() -> list[torch.Tensor]:
+        with torch.no_grad():
+            dual = torch.func.jvp(norm, (x[0],), (tangent[0],))
+            with forward_ad.dual_level():
+                old_dual = forward_ad.unpack_dual(norm(forward_ad.make_dual(x[0], tangent[0]))).tangent
+        return [torch.func.vmap(norm)(x), torch.func.vmap(torch.func.grad(loss))(x), *dual, old_dual]
+
+    want = results()
+    df.accelerate(norm)
+    for a, b in zip(results(), want, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
