@@ -164,7 +164,8 @@ static void part_sums(const NormAct& op, const T* grad_out, const T* x, T* grad_
   }
 }
 
-// Writes parts begin .. end - 1 of a unit of grad_x, the last first since they were read last; mean, rstd and along are those of the unit's groups.
+// Writes parts begin .. end - 1 of a unit of grad_x, the last first since they were read last; mean, rstd and along are
+// those of the unit's groups.
 template <class T, bool kActivation>
 static void gradient_parts(const NormAct& op, const T* grad_out, const T* x, T* grad_x, int64_t unit, int64_t begin,
                            int64_t end, const double* mean, const double* rstd, const Along* along) {

@@ -138,7 +138,8 @@ def demo(
 ) -> None:
     """Draw a grid of images twice from the same noise: with a plain PyTorch loop, and with ddpm_fast.
 
-    Prints the seconds of both and how far apart the images are; writes grid.png and denoising.gif.
+    Prints the seconds of both, which take turns step by step, and how far apart the images are; writes
+    grid.png and denoising.gif.
 
     Exit status: 0 done, 2 wrong usage or input.
 
@@ -161,7 +162,7 @@ def demo(
     )
     result = compare(network, count=n, steps=chosen, seed=seed)
     write_pictures(result, out)
-    print(f"\n{table(result, made)}\n\nwrote {out / 'grid.png'} and {out / 'denoising.gif'}")
+    print(f"\n{table(result)}\n\nwrote {out / 'grid.png'} and {out / 'denoising.gif'}")
 
 
 @app.command()

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -29,23 +27,31 @@ class Comparison:
     """What the demo found.
 
     Attributes:
-        plain_seconds, fast_seconds: of the two loops, all steps.
+        plain_seconds, fast_seconds: of each step, in the two loops.
         difference: the largest between the two grids, images in [-1, 1].
         twin_difference: the largest between an image and the same one drawn alone.
         x: float32 ``(N, C, H, W)``, the images.
-        frames: float32 ``(F, N, C, H, W)``, states on the way.
+        frames: states on the way, each ``(N, C, H, W)``.
     """
 
-    plain_seconds: float
-    fast_seconds: float
+    plain_seconds: list[float]
+    fast_seconds: list[float]
     difference: float
     twin_difference: float
     x: Tensor
-    frames: Tensor
+    frames: list[Tensor]
+
+    @property
+    def ratio(self) -> float:
+        """How many times as long a step takes in the plain loop, the median over the steps."""
+        return median(plain / fast for plain, fast in zip(self.plain_seconds, self.fast_seconds, strict=True))
 
 
 def compare(network: Network, *, count: int, steps: int | str | None, seed: int) -> Comparison:
-    """Draw `count` images with both loops, from the same noise, and one of them alone."""
+    """Draw `count` images with both loops, from the same noise, and one of them alone.
+
+    The loops take turns, a step each, so that whatever else the machine does meets both.
+    """
     if network.prediction != "epsilon" or network.model.config.num_classes is not None:
         raise UserError("the demo's plain loop knows only networks that predict epsilon, without classes")
     sampler = Sampler(network.model, network.schedule, steps=steps)
@@ -59,52 +65,54 @@ def compare(network: Network, *, count: int, steps: int | str | None, seed: int)
         twin(warm, t)
         network.model(warm, t)
 
-    with _progress(twin, schedule.timesteps, "plain PyTorch loop"):
+    # randn where the originals call torch.randn_like, which would not give both loops the same noise. It is the faster
+    # of the two, so the plain loop does not suffer by it.
+    plain_steps = plain_loop(
+        twin,
+        schedule.betas,
+        schedule.timestep_map,
+        randn(shape, seed=seed, stream="x_T"),
+        lambda i: randn(shape, seed=seed, step=i),
+    )
+    fast_steps = sampler.stream(shape, seed=seed)
+    plain_seconds, fast_seconds, frames = [], [], []
+    every = max(1, schedule.timesteps // _FRAMES)
+    for i in tqdm(range(schedule.timesteps), desc="both loops", unit="step"):
         started = time.perf_counter()
-        # randn where the originals call torch.randn_like, which would not give both loops the same noise. It is
-        # the faster of the two, so the plain loop does not suffer by it.
-        plain = plain_loop(
-            twin,
-            schedule.betas,
-            schedule.timestep_map,
-            randn(shape, seed=seed, stream="x_T"),
-            lambda i: randn(shape, seed=seed, step=i),
-        )
-        plain_seconds = time.perf_counter() - started
-
-    with _progress(network.model, schedule.timesteps, "ddpm_fast         "):
-        started = time.perf_counter()
-        x, frames = sampler.sample(shape, seed=seed, every=max(1, schedule.timesteps // _FRAMES))
-        fast_seconds = time.perf_counter() - started
+        plain = next(plain_steps)
+        between = time.perf_counter()
+        fast = next(fast_steps)
+        fast_seconds.append(time.perf_counter() - between)
+        plain_seconds.append(between - started)
+        if (i + 1) % every == 0 or i + 1 == schedule.timesteps:
+            frames.append(fast.x)
 
     number = count // 2
-    with _progress(network.model, schedule.timesteps, "one image alone   "):
-        alone = sampler.sample((1, *network.shape), seed=seed, sample_ids=[number])
+    one = sampler.stream((1, *network.shape), seed=seed, sample_ids=[number])
+    for alone in tqdm(one, desc="one alone ", unit="step", total=schedule.timesteps):
+        last = alone.x
     return Comparison(
         plain_seconds,
         fast_seconds,
-        (plain - x).abs().max().item(),
-        (alone[0] - x[number]).abs().max().item(),
-        x,
+        (plain - fast.x).abs().max().item(),
+        (last[0] - fast.x[number]).abs().max().item(),
+        fast.x,
         frames,
     )
 
 
-def table(result: Comparison, steps: int) -> str:
+def table(result: Comparison) -> str:
     """The result for the terminal."""
-    rows = [
-        ("", "seconds", "ms a step"),
-        ("plain PyTorch loop", f"{result.plain_seconds:.1f}", f"{1e3 * result.plain_seconds / steps:.1f}"),
-        ("ddpm_fast", f"{result.fast_seconds:.1f}", f"{1e3 * result.fast_seconds / steps:.1f}"),
-        ("ratio", f"{result.plain_seconds / result.fast_seconds:.2f}", ""),
-    ]
-    lines = [f"{name:<20}{first:>9}{second:>11}" for name, first, second in rows]
+    lines = [f"{'':<20}{'seconds':>9}{'ms a step':>11}"]
+    for name, seconds in (("plain PyTorch loop", result.plain_seconds), ("ddpm_fast", result.fast_seconds)):
+        lines.append(f"{name:<20}{sum(seconds):>9.1f}{1e3 * median(seconds):>11.1f}")
     lines += [
+        f"{'ratio':<29}{result.ratio:>11.2f}   median of the steps' ratios; the loops took turns",
         "",
         "largest difference of a pixel, from -1 to 1",
-        f"{'between the loops':<20}{result.difference:>9.1e}   the networks' rounding, carried through all steps",
-        f"{'drawn again alone':<20}{result.twin_difference:>9.1e}   one image, from its twin in the batch:",
-        f"{'':<32}the same noise and steps, the network's rounding differs",
+        f"{'between the loops':<29}{result.difference:>11.1e}   the networks' rounding, carried through all steps",
+        f"{'drawn again alone':<29}{result.twin_difference:>11.1e}   one image, from its twin in the batch:",
+        f"{'':<43}the same noise and steps, the network's rounding differs",
     ]
     return "\n".join(lines)
 
@@ -121,18 +129,3 @@ def _plain_twin(model: UNet) -> nn.Module:
     twin = UNet(replace(model.config, channels_last=False))
     twin.load_state_dict(model.state_dict())
     return eager_copy(twin.eval().requires_grad_(False))
-
-
-@contextmanager
-def _progress(model: nn.Module, steps: int, label: str) -> Iterator[None]:
-    """A progress bar that counts the network's calls."""
-    with tqdm(total=steps, desc=label, unit="step") as bar:
-
-        def count(*_: Any) -> None:
-            bar.update()
-
-        handle = model.register_forward_hook(count)
-        try:
-            yield
-        finally:
-            handle.remove()

@@ -6,7 +6,7 @@ in float32, an entry picked for each image, the clipped x0, the posterior's mean
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ def plain_loop(
     timesteps: Tensor,
     x: Tensor,
     noise: Callable[[int], Tensor],
-) -> Tensor:
-    """Sample from a network that predicts epsilon.
+) -> Iterator[Tensor]:
+    """Sample from a network that predicts epsilon, a step at a time.
 
     Args:
         model: ``model(x, t)``.
@@ -28,8 +28,8 @@ def plain_loop(
         x: float32 ``(N, C, H, W)``, x_T.
         noise: the noise of the i-th step, 0 for the noisiest.
 
-    Returns:
-        float32 ``(N, C, H, W)``.
+    Yields:
+        float32 ``(N, C, H, W)``, the state after each step.
     """
     alphas_cumprod = torch.cumprod(1 - betas, 0)
     previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
@@ -47,14 +47,12 @@ def plain_loop(
         return tables[name].gather(0, index).reshape(-1, 1, 1, 1)
 
     last = len(betas) - 1
-    with torch.no_grad():
-        for i in range(len(betas)):
+    for i in range(len(betas)):
+        with torch.no_grad():
             index = torch.full((len(x),), last - i, dtype=torch.int64)
             epsilon = model(x, timesteps[index])
             x0 = pick("x0_from_x", index) * x - pick("x0_from_epsilon", index) * epsilon
             x0 = x0.clamp(-1, 1)
             mean = pick("mean_from_x0", index) * x0 + pick("mean_from_x", index) * x
-            if i == last:
-                return mean
-            x = mean + (0.5 * pick("log_variance", index)).exp() * noise(i)
-    return x
+            x = mean if i == last else mean + (0.5 * pick("log_variance", index)).exp() * noise(i)
+        yield x

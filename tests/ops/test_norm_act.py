@@ -454,7 +454,6 @@ def test_bits_are_the_same_on_every_instruction_set() -> None:
 SHARED = [((1, 16, 64, 64), 1), ((3, 48, 32, 32), 8), ((5, 10, 61, 50), 2)]
 
 
-@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", SHARED, ids=case_id)
 def test_bits_do_not_depend_on_threads(backend: str, case: tuple[tuple[int, ...], int], layout: str) -> None:
@@ -475,7 +474,6 @@ def test_bits_do_not_depend_on_threads(backend: str, case: tuple[tuple[int, ...]
         assert all(same_bits(a, b) for a, b in zip(alone, run(), strict=True))
 
 
-@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", SHARED, ids=case_id)
 def test_bits_of_a_sample_do_not_depend_on_its_batch(
