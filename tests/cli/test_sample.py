@@ -57,7 +57,7 @@ def whole(cli: Cli, options: list[object], tmp_path: Path) -> Path:
     return folder
 
 
-def test_shards_hold_the_samplers_samples_in_order(whole: Path, checkpoint: Path, threads: None) -> None:
+def test_shards_hold_the_samplers_samples_in_order(whole: Path, checkpoint: Path) -> None:
     assert sorted(contents(whole)) == [
         "manifest.json",
         "samples-00000.npy",
@@ -326,7 +326,7 @@ def test_classes_are_drawn_in_turn(cli: Cli, tmp_path: Path, monkeypatch: pytest
     assert seen == [[0, 1, 2, 0], [1, 2, 0, 1]]
 
 
-def test_the_prediction_is_the_checkpoints(cli: Cli, tmp_path: Path, threads: None) -> None:
+def test_the_prediction_is_the_checkpoints(cli: Cli, tmp_path: Path) -> None:
     metadata = {"prediction": "v", "training": {"dataset": "folder", "image_size": 4}}
     path = write_checkpoint(tmp_path / "v.safetensors", metadata)
     assert cli("sample", "-n", 8, "--checkpoint", path, "--format", "npy", "--out", tmp_path / "s").status == 0
