@@ -62,6 +62,13 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
         show(f"norm_act {dtype} {f}", y, x.grad)
 """
 
+# The finder of an editable install would lend the folder's package the extension that was built in place.
+NO_EDITABLE_INSTALL = """
+import sys
+
+sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in str(getattr(finder, "__module__", ""))]
+"""
+
 
 def setup(target: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """`setup.py build_ext` into a folder, which then gets the Python files too."""
@@ -76,6 +83,7 @@ def setup(target: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     )
     files = shutil.ignore_patterns("_C*", "__pycache__")
     shutil.copytree(ROOT / "ddpm_fast", target / "ddpm_fast", ignore=files, dirs_exist_ok=True)
+    (target / "sitecustomize.py").write_text(NO_EDITABLE_INSTALL)
     return done
 
 
