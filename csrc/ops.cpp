@@ -10,6 +10,7 @@ STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
   m.impl("noising.cpu", TORCH_BOX(&ddpm_fast::noising));
   m.impl("noising_random.cpu", TORCH_BOX(&ddpm_fast::noising_random));
   m.impl("denoise.cpu", TORCH_BOX(&ddpm_fast::denoise));
+  m.impl("conv3x3.cpu", TORCH_BOX(&ddpm_fast::conv3x3));
 }
 
 static PyObject* cpu_isa(PyObject*, PyObject*) { return PyUnicode_FromString(ddpm_fast::isa_name()); }

@@ -1,7 +1,7 @@
 """Fused kernels and a drop-in sampler for denoising diffusion models in PyTorch."""
 
 from ddpm_fast.backends import available_backends, use_backend
-from ddpm_fast.ops import group_norm_silu, q_sample, randn
+from ddpm_fast.ops import conv3x3, group_norm_silu, q_sample, randn
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.schedule import NoiseSchedule
 from ddpm_fast.training.loss import diffusion_loss
@@ -12,6 +12,7 @@ __all__ = [
     "NoiseSchedule",
     "Sampler",
     "available_backends",
+    "conv3x3",
     "diffusion_loss",
     "group_norm_silu",
     "q_sample",
