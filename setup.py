@@ -14,17 +14,20 @@ from setuptools import setup
 
 ABI_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 # -ffp-contract=off: the noise and step kernels promise bits, and g++ contracts even intrinsics into FMA.
+# -g0: Python's own flags ask for debugging information, nine tenths of the file's size.
 # -fno-math-errno lets sqrt be one instruction; nothing reads errno.
-# -Wno-maybe-uninitialized: g++ 12 warns about its own AVX-512 headers.
+# -Wno-(maybe-)uninitialized: g++ 12 warns about its own AVX-512 headers.
 CXX_FLAGS = [
     "-O3",
     "-std=c++17",
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fvisibility=hidden",
+    "-g0",
     "-Wall",
     "-Wno-psabi",
     "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
 ]
 
 

@@ -1,5 +1,6 @@
 """Fused kernels and a drop-in sampler for denoising diffusion models in PyTorch."""
 
+from ddpm_fast.accelerate import accelerate, acceleration_report, restore
 from ddpm_fast.backends import available_backends, use_backend
 from ddpm_fast.ops import conv3x3, group_norm_silu, q_sample, randn
 from ddpm_fast.sampler import Sampler
@@ -11,11 +12,14 @@ __version__ = "0.1.0"
 __all__ = [
     "NoiseSchedule",
     "Sampler",
+    "accelerate",
+    "acceleration_report",
     "available_backends",
     "conv3x3",
     "diffusion_loss",
     "group_norm_silu",
     "q_sample",
     "randn",
+    "restore",
     "use_backend",
 ]

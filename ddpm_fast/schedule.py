@@ -8,7 +8,7 @@ cleanest step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import NoReturn
 
@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["NoiseSchedule"]
+__all__ = ["NoiseSchedule", "kept_steps"]
 
 _Array = npt.NDArray[np.float64]
 _SPACINGS = ("leading", "trailing", "linspace")
@@ -30,15 +30,27 @@ class NoiseSchedule:
     changes: each access to a table returns a copy, which the caller may write into.
 
     Make one with :meth:`linear`, :meth:`cosine`, :meth:`quadratic`, :meth:`sigmoid`, :meth:`scaled_linear`,
-    :meth:`from_betas` or :meth:`named`, and derive others with :meth:`respace` and
-    :meth:`rescale_zero_terminal_snr`. Two schedules are equal when their betas and numbering are.
+    :meth:`from_betas`, :meth:`from_tables`, :meth:`log_snr` or :meth:`named`, and derive others with
+    :meth:`respace` and :meth:`rescale_zero_terminal_snr`. Two schedules are equal when their betas, their
+    numbering and the tables given for them are.
     """
 
-    __slots__ = ("_betas", "_device_tables", "_label", "_original_timesteps", "_tables", "_timestep_map")
+    __slots__ = (
+        "_betas",
+        "_device_tables",
+        "_imported",
+        "_label",
+        "_log_snr",
+        "_original_timesteps",
+        "_tables",
+        "_timestep_map",
+    )
 
     _betas: _Array
     _device_tables: dict[torch.device, Tensor]
+    _imported: dict[str, _Array]
     _label: str
+    _log_snr: tuple[float, ...]
     _original_timesteps: int
     _tables: dict[str, _Array]
     _timestep_map: tuple[int, ...]
@@ -58,6 +70,8 @@ class NoiseSchedule:
         label: str,
         timestep_map: Sequence[int] | None = None,
         original_timesteps: int | None = None,
+        imported: dict[str, _Array] | None = None,
+        log_snr: Sequence[float] = (),
     ) -> NoiseSchedule:
         _check_betas(betas, label)
         self = object.__new__(cls)
@@ -66,7 +80,9 @@ class NoiseSchedule:
         set_once(self, "_label", label)
         set_once(self, "_timestep_map", tuple(range(len(betas)) if timestep_map is None else timestep_map))
         set_once(self, "_original_timesteps", original_timesteps or len(betas))
-        set_once(self, "_tables", _tables(betas))
+        set_once(self, "_imported", imported or {})
+        set_once(self, "_log_snr", tuple(log_snr))
+        set_once(self, "_tables", {**_tables(betas), **(imported or {})})
         set_once(self, "_device_tables", {})
         return self
 
@@ -149,20 +165,56 @@ class NoiseSchedule:
             ValueError: empty, not one-dimensional, or a beta outside the range; the first bad index is
                 named.
         """
-        if isinstance(betas, Tensor):
-            if betas.dtype.is_complex:
-                raise TypeError(f"betas must be real numbers, got dtype {betas.dtype}")
-            array = betas.detach().to(device="cpu", dtype=torch.float64).numpy().copy()
-        else:
-            try:
-                array = np.array(betas, dtype=np.float64)
-            except (TypeError, ValueError) as error:
-                raise TypeError(
-                    f"betas must be a tensor, array or sequence of real numbers, got {type(betas).__name__}"
-                ) from error
+        array = _real_array("betas", betas)
         if array.ndim != 1:
             raise ValueError(f"betas must have one dimension, got shape {tuple(array.shape)}")
         return cls._build(array, "from_betas")
+
+    @classmethod
+    def from_tables(
+        cls,
+        tables: Mapping[str, Tensor | npt.ArrayLike],
+        timestep_map: Sequence[int] | None = None,
+        original_timesteps: int | None = None,
+    ) -> NoiseSchedule:
+        """The schedule of somebody else's diffusion object, with that object's own tables, to the bit.
+
+        Tables that were kept in float32 cannot be computed again from float32 betas. Those given replace the
+        ones that would follow from the betas; a schedule respaced from this one computes all of them anew,
+        from `alphas_cumprod`.
+
+        Args:
+            tables: "betas", and any of the tables that this class has, by name, each ``(T,)`` in any real
+                dtype.
+            timestep_map: the number of each step in the schedule that the object was respaced from.
+            original_timesteps: the number of steps of that schedule.
+
+        Raises:
+            TypeError: a table of no real numbers.
+            ValueError: a table of another length, or one that is not known, or betas that :meth:`from_betas`
+                would refuse.
+        """
+        label = "imported"
+        if "betas" not in tables:
+            raise ValueError("tables must hold 'betas'")
+        betas = _real_array("betas", tables["betas"])
+        if betas.ndim != 1:
+            raise ValueError(f"betas must have one dimension, got shape {betas.shape}")
+        _check_betas(betas, label)
+        known = _tables(betas)
+        imported: dict[str, _Array] = {}
+        for name, values in tables.items():
+            if name == "betas":
+                continue
+            if name not in known:
+                raise ValueError(f"tables holds {name!r}, which is none of {', '.join(known)}")
+            array = _real_array(name, values)
+            if array.shape != betas.shape:
+                raise ValueError(f"{name} must have shape {betas.shape} as betas has, got {array.shape}")
+            imported[name] = array
+        if timestep_map is not None and len(timestep_map) != len(betas):
+            raise ValueError(f"timestep_map must have {len(betas)} entries, got {len(timestep_map)}")
+        return cls._build(betas, label, timestep_map, original_timesteps, imported)
 
     @classmethod
     def named(cls, name: str, timesteps: int) -> NoiseSchedule:
@@ -187,7 +239,38 @@ class NoiseSchedule:
             raise ValueError(f"unknown schedule {name!r}: choose one of {', '.join(makers)}")
         return makers[name](timesteps)
 
+    @classmethod
+    def log_snr(cls, name: str, steps: int) -> NoiseSchedule:
+        """Continuous time, cut into `steps` equal steps from t = 1 to t = 0.
+
+        abar is the sigmoid of the log signal-to-noise ratio: "cosine" is -log(tan^2(pi/2 (t + 0.008) / 1.008)),
+        "linear" -log(expm1(1e-4 + 10 t^2)) (Kingma, Salimans, Poole, Ho, "Variational Diffusion Models" (2021),
+        as in Imagen, Saharia et al. 2022). It is computed in float32, the precision in which networks that are
+        told it were trained. The last step ends at t = 0, where some noise is left (a ratio of about 8.8 and
+        9.2): `alphas_cumprod_prev` does not start with 1.
+
+        A network gets the log signal-to-noise ratio as t. To make fewer steps, make another schedule.
+
+        Raises:
+            TypeError: `steps` is no int.
+            ValueError: an unknown name, or steps < 1.
+        """
+        if name not in _LOG_SNR:
+            raise ValueError(f"unknown log_snr schedule {name!r}: choose one of {', '.join(_LOG_SNR)}")
+        t = torch.linspace(1.0, 0.0, _check_count(steps) + 1)  # downwards, as networks have seen it rounded
+        values = _LOG_SNR[name](t).flip(0)
+        ratio = values.double().numpy()
+        abar = 1.0 / (1.0 + np.exp(-ratio))
+        betas = 1.0 - abar[1:] / abar[:-1]
+        tables = _tables(betas, abar[1:], float(abar[0]))
+        return cls._build(betas, f"log_snr {name}", imported=tables, log_snr=values[1:].tolist())
+
     # ------------------------------------------------------------------ tables
+
+    @property
+    def network_times(self) -> Tensor:
+        """``(T,)``: what a network gets as t: `timestep_map`, or float32 log signal-to-noise ratios."""
+        return torch.tensor(self._log_snr) if self._log_snr else self.timestep_map
 
     @property
     def timesteps(self) -> int:
@@ -198,6 +281,11 @@ class NoiseSchedule:
     def original_timesteps(self) -> int:
         """The number of steps of the schedule that this one was respaced from (T itself if it was not)."""
         return self._original_timesteps
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether tables of this schedule are another object's own (:meth:`from_tables`)."""
+        return bool(self._imported) and not self._log_snr
 
     @property
     def timestep_map(self) -> Tensor:
@@ -314,9 +402,11 @@ class NoiseSchedule:
             ValueError: an impossible number of steps, a step that is out of range, repeated or out of
                 order, an unknown `spacing`, or a `spacing` beside anything but an int.
         """
-        kept = _kept_steps(steps, spacing, self.timesteps)
+        kept = kept_steps(steps, spacing, self.timesteps)
         if len(kept) == self.timesteps:
             return self
+        if self._log_snr:
+            raise ValueError("a log_snr schedule cannot be respaced: make another with the steps wanted")
         abar = self._tables["alphas_cumprod"][kept]
         with np.errstate(divide="ignore", invalid="ignore"):
             betas = 1.0 - abar / np.append(1.0, abar[:-1])
@@ -332,6 +422,8 @@ class NoiseSchedule:
         Raises:
             ValueError: the schedule has only one step.
         """
+        if self._log_snr:
+            raise ValueError("a log_snr schedule cannot be rescaled: its levels are what its network is told")
         if self.timesteps < 2:
             raise ValueError("rescale_zero_terminal_snr needs at least 2 timesteps, this schedule has 1")
         root = self._tables["sqrt_alphas_cumprod"]
@@ -357,6 +449,9 @@ class NoiseSchedule:
             np.array_equal(self._betas, other._betas)
             and self._timestep_map == other._timestep_map
             and self._original_timesteps == other._original_timesteps
+            and self._log_snr == other._log_snr
+            and self._imported.keys() == other._imported.keys()
+            and all(np.array_equal(table, other._imported[name]) for name, table in self._imported.items())
         )
 
     def __hash__(self) -> int:
@@ -365,7 +460,7 @@ class NoiseSchedule:
     def __reduce__(self) -> tuple[Callable[..., NoiseSchedule], tuple[object, ...]]:
         return (
             type(self)._build,
-            (self._betas, self._label, self._timestep_map, self._original_timesteps),
+            (self._betas, self._label, self._timestep_map, self._original_timesteps, self._imported, self._log_snr),
         )
 
     def __repr__(self) -> str:
@@ -381,10 +476,11 @@ class NoiseSchedule:
 # ---------------------------------------------------------------------- tables
 
 
-def _tables(betas: _Array) -> dict[str, _Array]:
+def _tables(betas: _Array, levels: _Array | None = None, start: float = 1.0) -> dict[str, _Array]:
+    """Every table; `levels`, abar, where the betas were made from it, and `start` where it does not start from 1."""
     alphas = 1.0 - betas
-    abar = np.cumprod(alphas)
-    abar_prev = np.append(1.0, abar[:-1])
+    abar = np.cumprod(alphas) if levels is None else levels
+    abar_prev = np.append(start, abar[:-1])
     variance = betas * (1.0 - abar_prev) / (1.0 - abar)
     floor = variance[1] if len(betas) > 1 else 1e-20
     # A vanishing abar gives infinities in two columns; whoever needs these two refuses them.
@@ -406,6 +502,17 @@ def _tables(betas: _Array) -> dict[str, _Array]:
     }
 
 
+def _log_snr_cosine(t: Tensor) -> Tensor:
+    return -torch.log((torch.cos((t + 0.008) / 1.008 * math.pi * 0.5) ** -2 - 1).clamp(min=1e-5))
+
+
+def _log_snr_linear(t: Tensor) -> Tensor:
+    return -torch.log(torch.expm1(1e-4 + 10 * t**2))
+
+
+_LOG_SNR: dict[str, Callable[[Tensor], Tensor]] = {"cosine": _log_snr_cosine, "linear": _log_snr_linear}
+
+
 def _squared_linspace(timesteps: int, beta_start: float, beta_end: float) -> _Array:
     count = _check_count(timesteps)
     start, end = _check_endpoints(beta_start, beta_end)
@@ -415,7 +522,7 @@ def _squared_linspace(timesteps: int, beta_start: float, beta_end: float) -> _Ar
 # ---------------------------------------------------------------------- choice of steps
 
 
-def _kept_steps(steps: int | str | Iterable[int], spacing: str | None, total: int) -> list[int]:
+def kept_steps(steps: int | str | Iterable[int], spacing: str | None, total: int) -> list[int]:
     """The steps to keep, ascending, each in 0 .. total - 1 and once."""
     is_count = isinstance(steps, (int, np.integer)) and not isinstance(steps, bool)
     if spacing is not None:
@@ -526,6 +633,20 @@ def _check_betas(betas: _Array, label: str) -> None:
         )
     if (1.0 - betas[0]) == 1.0:
         raise ValueError(f"{label}: betas[0] = {betas[0]} is too small, 1 - beta rounds to 1 in float64")
+
+
+def _real_array(name: str, values: Tensor | npt.ArrayLike) -> _Array:
+    """A float64 copy."""
+    if isinstance(values, Tensor):
+        if values.dtype.is_complex:
+            raise TypeError(f"{name} must be real numbers, got dtype {values.dtype}")
+        return values.detach().to(device="cpu", dtype=torch.float64).numpy().copy()
+    try:
+        return np.array(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name} must be a tensor, array or sequence of real numbers, got {type(values).__name__}"
+        ) from error
 
 
 def _check_count(timesteps: int) -> int:

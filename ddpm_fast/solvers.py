@@ -18,7 +18,17 @@ from torch import Tensor
 
 from ddpm_fast.schedule import NoiseSchedule
 
-__all__ = ["COLUMNS", "PREDICTIONS", "VARIANCES", "CoefficientTable", "ddim_table", "ddpm_table"]
+__all__ = [
+    "COLUMNS",
+    "PREDICTIONS",
+    "SIGMA_SOLVERS",
+    "VARIANCES",
+    "CoefficientTable",
+    "check_eta",
+    "ddim_table",
+    "ddpm_table",
+    "make_table",
+]
 
 COLUMNS = (
     "x0_from_x",
@@ -35,6 +45,10 @@ COLUMNS = (
 PREDICTIONS = ("epsilon", "x0", "v", "x_prev")
 """What a network may predict."""
 
+SIGMA_SOLVERS = ("dpmpp_2m", "euler", "heun", "euler_ancestral")
+"""Solvers of the probability flow in sigma = sqrt(1 / abar - 1), and its stochastic relative. In terms of x_t an
+Euler step is DDIM's with eta 0, and an ancestral one DDIM's with eta 1."""
+
 VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
 """Where the variance of an ancestral step may come from."""
 
@@ -44,7 +58,7 @@ class CoefficientTable:
     """One row of coefficients for each of S steps, the noisiest first.
 
     Attributes:
-        solver: "ddpm" or "ddim".
+        solver: "ddpm", "ddim", "plms" or one of `SIGMA_SOLVERS`.
         prediction: one of `PREDICTIONS`.
         variance: one of `VARIANCES`.
         timesteps: int64 ``(S,)`` on the CPU, descending, numbered as in the original schedule.
@@ -52,6 +66,11 @@ class CoefficientTable:
             variance, the sigma column is 1, and 0 at the last step, and multiplies the standard deviation
             that the network gives.
         rows64: float64 ``(S, 8)`` on the CPU: the same without the cast, to measure errors against.
+        draws: how often the original draws noise in each step, whether or not it uses it.
+        output_weight: float32 ``(S,)`` on the CPU, or None: a factor of the network's output that a second
+            kernel adds to x_prev, where the step is not linear in the clipped x0 and x_t alone.
+        x0_rows: float32 ``(S, 8)`` on the CPU, or None: the rows whose x0 is the true one, where that of
+            `rows` is only a means to x_prev.
     """
 
     solver: str
@@ -60,6 +79,9 @@ class CoefficientTable:
     timesteps: Tensor
     rows: Tensor
     rows64: Tensor
+    draws: tuple[int, ...]
+    output_weight: Tensor | None = None
+    x0_rows: Tensor | None = None
 
     @property
     def steps(self) -> int:
@@ -90,13 +112,15 @@ def ddpm_table(
     prediction: str = "epsilon",
     variance: str = "fixed_small",
     guidance_scale: float = 1.0,
+    log_betas: Tensor | None = None,
 ) -> CoefficientTable:
     """Ancestral sampling with the posterior q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 7).
 
     The table has a row for each timestep of the schedule. sigma is ``exp(0.5f * float32(log variance))`` in
     float32. The log variance of "fixed_small" is the clipped one of the posterior, that of "fixed_large" is
     log(beta) with the posterior's at the cleanest step. "learned_range" puts the first into log_min and
-    log(beta) into log_max (Nichol, Dhariwal 2021, eq. 15). The last step adds no noise.
+    log(beta) into log_max (Nichol, Dhariwal 2021, eq. 15). The last step adds no noise. `log_betas`,
+    float64 ``(T,)``, takes the place of log(beta).
 
     Raises:
         TypeError: `schedule` is no NoiseSchedule.
@@ -106,7 +130,7 @@ def ddpm_table(
     _check(schedule, prediction, variance)
     x0_from_x, x0_from_output = _x0_columns(schedule, prediction)
     small = schedule.posterior_log_variance_clipped
-    log_betas = schedule.betas.log()
+    log_betas = schedule.betas.log() if log_betas is None else log_betas
     mask = torch.ones_like(small)
     mask[0] = 0.0
     zeros = torch.zeros_like(small)
@@ -117,7 +141,7 @@ def ddpm_table(
         log_variance = small if variance == "fixed_small" else torch.cat([small[:1], log_betas[1:]])
         sigma = mask.float() * torch.exp(0.5 * log_variance.float())
         sigma64 = mask * torch.exp(0.5 * log_variance)
-    return _table(
+    return make_table(
         "ddpm",
         schedule,
         prediction,
@@ -143,12 +167,14 @@ def ddim_table(
     variance: str = "fixed_small",
     eta: float = 0.0,
     guidance_scale: float = 1.0,
+    final_alpha_cumprod: float | None = None,
 ) -> CoefficientTable:
     """DDIM (Song, Meng, Ermon 2021, eqs. 12 and 16), a row for each timestep.
 
     epsilon is the one that belongs to the clipped x0, as in openai's code, which makes the step linear in
     x0 and x_t. `eta` is 0 for the deterministic sampler and 1 for the variance of the DDPM posterior;
     `variance` says only what the network's output carries, for DDIM does not use a learned variance.
+    `final_alpha_cumprod` is the abar that the last step ends at, unless the schedule's own, which is 1.
 
     Raises:
         TypeError: `schedule` is no NoiseSchedule or `eta` no real number.
@@ -156,21 +182,20 @@ def ddim_table(
             `eta` outside [0, 1].
     """
     _check(schedule, prediction, variance)
-    if isinstance(eta, bool) or not isinstance(eta, (int, float)):
-        raise TypeError(f"eta must be a real number, got {type(eta).__name__}")
-    if not 0.0 <= eta <= 1.0:
-        raise ValueError(f"eta must lie in [0, 1], got {eta}")
+    check_eta(eta)
     if prediction == "x_prev":
         raise ValueError("prediction='x_prev' is the mean of a DDPM step: use solver='ddpm'")
     x0_from_x, x0_from_output = _x0_columns(schedule, prediction)
     abar, abar_prev = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
+    if final_alpha_cumprod is not None:
+        abar_prev[0] = final_alpha_cumprod
     sigma = eta * torch.sqrt((1.0 - abar_prev) / (1.0 - abar) * (1.0 - abar / abar_prev))
     # 1 - abar_prev - sigma^2, the factor of epsilon squared, written as a sum of terms that are not negative.
     shrink = abar * (1.0 - abar_prev) / (abar_prev * (1.0 - abar))
     direction = torch.sqrt((1.0 - abar_prev) * ((1.0 - eta**2) + eta**2 * shrink))
     epsilon_from_x = torch.rsqrt(1.0 - abar)
     zeros = torch.zeros_like(abar)
-    return _table(
+    return make_table(
         "ddim",
         schedule,
         prediction,
@@ -198,15 +223,25 @@ def _x0_columns(schedule: NoiseSchedule, prediction: str) -> tuple[Tensor, Tenso
     return zeros, zeros
 
 
-def _table(
+def make_table(
     solver: str,
     schedule: NoiseSchedule,
     prediction: str,
     variance: str,
     columns: list[Tensor],
     sigma: Tensor,
+    draws: tuple[int, ...] | None = None,
+    output_weight: Tensor | None = None,
+    x0_rows: Tensor | None = None,
 ) -> CoefficientTable:
-    """Stack the columns, noisiest step first; `sigma` is its float32 column, not always a plain cast."""
+    """A table from its columns, which are float64 ``(T,)`` in the order of the schedule, cleanest step first.
+
+    `sigma` is its float32 column, not always a plain cast. The rest is as in :class:`CoefficientTable`, noisiest
+    step first; `draws` is once a step unless given.
+
+    Raises:
+        ValueError: a coefficient beyond the range of float32.
+    """
     rows64 = torch.stack(columns, dim=1).flip(0)
     rows = rows64.float()
     rows[:, COLUMNS.index("sigma")] = sigma.flip(0)
@@ -223,7 +258,19 @@ def _table(
                 f"use a network that predicts v or x0, or another schedule"
             )
         raise ValueError(f"{COLUMNS[column]} is not finite in float32 {where}")
-    return CoefficientTable(solver, prediction, variance, timesteps, rows, rows64)
+    draws = (1,) * len(rows) if draws is None else draws
+    return CoefficientTable(
+        solver, prediction, variance, timesteps, rows, rows64, draws, output_weight=output_weight, x0_rows=x0_rows
+    )
+
+
+def check_eta(eta: float) -> float:
+    """`eta` if it is DDIM's, an error otherwise."""
+    if isinstance(eta, bool) or not isinstance(eta, (int, float)):
+        raise TypeError(f"eta must be a real number, got {type(eta).__name__}")
+    if not 0.0 <= eta <= 1.0:
+        raise ValueError(f"eta must lie in [0, 1], got {eta}")
+    return float(eta)
 
 
 def _check(schedule: NoiseSchedule, prediction: str, variance: str) -> None:

@@ -17,13 +17,9 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Leaves the number of threads as it was."""
+def _same_start() -> Iterator[None]:
+    """Every test starts from the same seed and number of threads, whatever ran before it."""
     before = torch.get_num_threads()
+    torch.manual_seed(0)
     yield
     torch.set_num_threads(before)

@@ -35,6 +35,15 @@ class Toy(nn.Module):
         return mixed if self.channels == 1 else torch.cat([mixed, (mixed * 0.5 - 0.25).clamp(-1, 1)], dim=1)
 
 
+def readable(value: object) -> str:
+    """A parameter in a test's name: of a tensor, its shape."""
+    if isinstance(value, Tensor):
+        return "x".join(map(str, value.shape))
+    if isinstance(value, dict):
+        return "-".join(f"{name}={readable(v)}" for name, v in value.items()) or "none"
+    return value.__name__ if isinstance(value, type) else str(value)
+
+
 def draws(steps: int, shape: tuple[int, ...] = SHAPE) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
     return torch.randn(shape, generator=generator), torch.randn(steps, *shape, generator=generator)
@@ -438,12 +447,31 @@ def test_a_network_may_return_a_view_of_its_input():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"solver": "ddim"}, {"guidance_scale": 2.0}, {"threshold": (0.9, 2.0)}], ids=str
+    "options",
+    [
+        {},
+        {"solver": "ddim"},
+        {"guidance_scale": 2.0},
+        {"guidance_scale": 2.0, "guidance_rescale": 0.5},
+        {"threshold": (0.9, 2.0)},
+        {"denoised_fn": torch.tanh, "cond_fn": lambda x, t: x},
+        {"cond_fn": lambda x, t: x, "cond_mode": "score"},
+        {"reference": "diffusers", "solver": "ddim"},
+        {"reference": "annotated"},
+        {"solver": "plms"},
+        {"solver": "heun"},
+        {"solver": "dpmpp_2m"},
+    ],
+    ids="-".join,
 )
-def test_loop_never_reads_a_tensor_on_the_host(options):
+@pytest.mark.parametrize("blend", [None, "before", "repaint"])
+def test_loop_never_reads_a_tensor_on_the_host(options, blend):
     """Tensors on the meta device have no values: reading one is an error."""
     sampler = Sampler(lambda x, t: x * 0.5, FULL, steps=4, **options)
-    kwargs = {"uncond_kwargs": {}} if "guidance_scale" in options else {}
+    kwargs: dict[str, object] = {"uncond_kwargs": {}} if "guidance_scale" in options else {}
+    if blend is not None:
+        empty = torch.empty(SHAPE, device="meta")
+        kwargs.update(mask=empty[:, :1], known=empty, blend=blend)
     with use_backend("reference"):
         result = sampler.sample(SHAPE, x_T=torch.empty(SHAPE, device="meta"), **kwargs)
     assert result.device.type == "meta"
@@ -714,8 +742,8 @@ def test_threshold_has_no_limit_on_the_size():
             "prediction must be one of epsilon, x0, v, x_prev, got 'noise'",
         ),
         ({"variance": "big"}, ValueError, "variance must be one of fixed_small"),
-        ({"solver": "plms"}, ValueError, "solver must be one of ddpm, ddim, got 'plms'"),
-        ({"reference": "lucidrains"}, ValueError, "reference must be one of guided, got 'lucidrains'"),
+        ({"solver": "rk4"}, ValueError, "solver must be one of ddpm, ddim, .* got 'rk4'"),
+        ({"reference": "openai"}, ValueError, "reference must be one of guided, lucidrains, .* got 'openai'"),
         ({"steps": 0}, ValueError, "between 1 and the schedule's 1000, got 0"),
         ({"steps": 1001}, ValueError, "got 1001"),
         ({"steps": 5.0}, TypeError, "steps must be None, an int or a string, got float"),
@@ -744,7 +772,7 @@ def test_threshold_has_no_limit_on_the_size():
         ({"time_input": "seconds"}, ValueError, "time_input must be 'auto', 'scaled' or a function"),
         ({"schedule": FULL.rescale_zero_terminal_snr()}, ValueError, "cannot recover x0 at timestep 999"),
     ],
-    ids=str,
+    ids=readable,
 )
 def test_constructor_refuses(options, error, message):
     arguments = {"model": Toy(), "schedule": FULL, **options}
@@ -769,7 +797,12 @@ def never(x, t, **kwargs):
         (SHAPE, {"x_T": torch.zeros(SHAPE).half()}, ValueError, "got torch.float16"),
         (SHAPE, {"out": torch.zeros(SHAPE).double()}, ValueError, "out must be float32"),
         (SHAPE, {"out": torch.zeros(2, 8, 3, 8).transpose(1, 2)}, ValueError, "contiguous or channels_last"),
-        (SHAPE, {"noise": torch.zeros(4, *SHAPE)}, ValueError, r"each of the 5 steps, got shape \(4, 2"),
+        (
+            SHAPE,
+            {"noise": torch.zeros(4, *SHAPE)},
+            ValueError,
+            r"each of the 5 draws of these 5 steps, got shape \(4, 2",
+        ),
         (SHAPE, {"noise": torch.zeros(5, 1, *SHAPE[1:])}, ValueError, "noise must have a row of shape"),
         (SHAPE, {"noise": torch.zeros(5, *SHAPE).double()}, ValueError, "noise must be float32"),
         (SHAPE, {"noise": 3}, TypeError, "noise must be a tensor of rows or"),
@@ -788,7 +821,7 @@ def never(x, t, **kwargs):
         (SHAPE, {"model_kwargs": [1]}, TypeError, "model_kwargs must be a mapping .* got list"),
         (SHAPE, {"uncond_kwargs": {}}, ValueError, "uncond_kwargs needs a Sampler with guidance_scale"),
     ],
-    ids=str,
+    ids=readable,
 )
 def test_a_run_is_refused_before_the_model_is_called(run, shape, options, error, message):
     sampler = Sampler(never, FULL, steps=5)
@@ -804,7 +837,7 @@ def test_a_run_is_refused_before_the_model_is_called(run, shape, options, error,
         ({"every": 2.0}, TypeError, "every must be an int, got float"),
         ({"callback": 3}, TypeError, "callback must be callable, got int"),
     ],
-    ids=str,
+    ids=readable,
 )
 def test_sample_refuses(options, error, message):
     with pytest.raises(error, match=message):
@@ -898,6 +931,6 @@ def test_step_under_guidance_wants_a_pair():
 def test_repr_tells_what_will_run():
     assert repr(Sampler(Toy(), FULL, steps=50)) == (
         "Sampler(solver='ddpm', prediction='epsilon', variance='fixed_small', steps=50 of 1000, "
-        "clip=(-1.0, 1.0), guidance_scale=None)"
+        "clip=(-1.0, 1.0), guidance_scale=None, reference='guided')"
     )
     assert "threshold=(0.9, 2.0)" in repr(Sampler(Toy(), FULL, threshold=(0.9, 2)))

@@ -86,6 +86,13 @@ DDPM_FAST_INLINE F load(const uint8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
 DDPM_FAST_INLINE Mask is_nan(F a) { return {_mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q)}; }
+// The sum of the lanes, halves added to each other: lane i to lane i + 8, then to i + 4, i + 2 and i + 1.
+DDPM_FAST_INLINE float sum_of_lanes(F a) {
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
 
 #elif defined(DDPM_FAST_ISA_AVX2)
 
@@ -196,6 +203,12 @@ DDPM_FAST_INLINE F load(const uint8_t* p) {
 DDPM_FAST_INLINE Mask is_nan(F x) {
   return {_mm256_cmp_ps(x.a, x.a, _CMP_UNORD_Q), _mm256_cmp_ps(x.b, x.b, _CMP_UNORD_Q)};
 }
+DDPM_FAST_INLINE float sum_of_lanes(F x) {
+  const __m256 eight = _mm256_add_ps(x.a, x.b);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
 
 #else
 
@@ -270,6 +283,11 @@ DDPM_FAST_INLINE void store_high_halves(BFloat16* p, U a) {
 }
 DDPM_FAST_INLINE F load(const uint8_t* p) DDPM_FAST_EACH(F, static_cast<float>(p[i]))
 DDPM_FAST_INLINE Mask is_nan(F a) DDPM_FAST_EACH(Mask, a.v[i] != a.v[i])
+DDPM_FAST_INLINE float sum_of_lanes(F a) {
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) a.v[i] += a.v[i + half];
+  return a.v[0];
+}
 
 #endif
 

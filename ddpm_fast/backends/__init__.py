@@ -74,7 +74,7 @@ def choose(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> str:
 
     float64, and any device but the CPU, are the reference's.
     """
-    takes = tensor.device.type == "cpu" and (dtype or tensor.dtype) in _CPU_DTYPES
+    takes = tensor.is_cpu and (dtype or tensor.dtype) in _CPU_DTYPES
     if _forced is None:
         return "cpu" if takes and cpu_missing is None else "reference"
     if _forced == "cpu" and not takes:

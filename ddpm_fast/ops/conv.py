@@ -83,10 +83,9 @@ def plan_conv3x3(
         return _by_torch(f"the kernel takes float32 on the CPU, not {dtype} on {device}")
     if isa not in ("avx512", "avx2"):
         return _by_torch("the processor has no vector instructions that the kernel is fast with")
-    if channels < _LEAST_CHANNELS:
-        return _by_torch(
-            f"with {channels} input channels, below {_LEAST_CHANNELS}, transforms cost more than they save"
-        )
+    if min(channels, outputs) < _LEAST_CHANNELS:
+        few = f"{channels} to {outputs} channels"
+        return _by_torch(f"{few}, one below {_LEAST_CHANNELS}: transforms cost more than they save")
     candidates = [
         ConvPlan(tile, block, reason)
         for tile, block, reason, least_channels, least_side in _TILES[mode]

@@ -151,7 +151,7 @@ def denoise(
 
     number = _check.stream_number(stream)
     seed_value = None if seed is None else _check.seed_tensor(seed, x_t.device)
-    ids = None if sample_ids is None else _check.sample_id_tensor(sample_ids, samples, x_t.device)
+    ids = _check.sample_id_tensor(sample_ids, samples, x_t.device)
 
     if out is None and x0_out is None and _check.needs_grad(x_t, model_output, unconditional, noise):
         # The same bits as the kernels', and autograd knows the way back.

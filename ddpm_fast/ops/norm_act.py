@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 from ddpm_fast import backends
 from ddpm_fast.backends.reference import norm_act as reference
@@ -82,62 +81,57 @@ class _NormAct(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("group_norm_silu has no second derivative: call backward without create_graph=True")
         x, weight, bias, scale, shift, embedding, mean, rstd = ctx.saved_tensors
+        needed = ctx.needs_input_grad
         grad_x = torch.empty_like(x)
         if grad_out.stride() != grad_x.stride():
             grad_out = torch.empty_like(x).copy_(grad_out)
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         parameters = (weight, bias, scale, shift, embedding)
-        sums = torch.promote_types(x.dtype, torch.float32)
-        gradients = [
-            None if parameter is None or not needed else torch.empty(parameter.shape, dtype=sums, device=x.device)
-            for parameter, needed in zip(parameters, ctx.needs_input_grad[1:6], strict=True)
-        ]
-        NORM_ACT_BACKWARD[ctx.backend](
-            grad_out,
-            x,
-            mean,
-            rstd,
-            ctx.num_groups,
-            *parameters,
-            ctx.activation,
-            grad_x if ctx.needs_input_grad[0] else None,
-            *gradients,
-        )
-        casts = [
-            None if gradient is None else gradient.to(parameter.dtype)
-            for gradient, parameter in zip(gradients, parameters, strict=True)
-        ]
-        return grad_x if ctx.needs_input_grad[0] else None, *casts, None, None, None, None
+        gradients: list[Tensor | None] = [grad_x if needed[0] else None]
+        for i, parameter in enumerate(parameters, start=1):
+            gradients.append(torch.empty(parameter.shape, dtype=dtype, device=x.device) if needed[i] else None)
+        NORM_ACT_BACKWARD[ctx.backend](grad_out, x, mean, rstd, ctx.num_groups, *parameters, ctx.activation, *gradients)
+        for i, parameter in enumerate(parameters, start=1):
+            gradient = gradients[i]
+            if gradient is not None and parameter.dtype != dtype:
+                gradients[i] = gradient.to(parameter.dtype)
+        return *gradients, None, None, None, None
 
 
-def _check_parameter(name: str, parameter: Any, shape: tuple[int, ...], x: Tensor) -> None:
+def _check_parameter(
+    name: str, parameter: Any, shape: tuple[int, ...], x: Tensor, dtype: torch.dtype, device: torch.device
+) -> None:
+    """The dtype and device are x's: asking x for them time and again would cost more than the rest of this."""
     if not isinstance(parameter, Tensor):
         raise TypeError(f"{name} must be a tensor or None, not {type(parameter).__name__}")
     if parameter.shape != shape:
         raise ValueError(
-            f"{name} must have shape {shape} for x of shape {tuple(x.shape)}, not {tuple(parameter.shape)}"
+            f"{name} must have shape {tuple(shape)} for x of shape {tuple(x.shape)}, not {tuple(parameter.shape)}"
         )
-    if parameter.dtype != x.dtype and parameter.dtype != torch.float32:
-        raise ValueError(f"{name} must be of x's dtype {x.dtype} or float32, not {parameter.dtype}")
-    if parameter.device != x.device:
-        raise ValueError(f"{name} must be on x's device {x.device}, not on {parameter.device}")
+    if parameter.dtype != dtype and parameter.dtype != torch.float32:
+        raise ValueError(f"{name} must be of x's dtype {dtype} or float32, not {parameter.dtype}")
+    if parameter.device != device:
+        raise ValueError(f"{name} must be on x's device {device}, not on {parameter.device}")
 
 
 def _check_x(x: Any, num_groups: Any, eps: Any) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, not {type(x).__name__}")
+    shape = x.shape
     if x.dtype not in _DTYPES:
         raise ValueError(f"x must be float32, float16, bfloat16 or float64, not {x.dtype}")
-    if x.dim() < 2:
-        raise ValueError(f"x must be (N, C, *), not of shape {tuple(x.shape)}")
+    if len(shape) < 2:
+        raise ValueError(f"x must be (N, C, *), not of shape {tuple(shape)}")
     if isinstance(num_groups, bool) or not isinstance(num_groups, int):
         raise TypeError(f"num_groups must be an int, not {type(num_groups).__name__}")
-    if num_groups < 1 or x.shape[1] % num_groups:
-        raise ValueError(f"num_groups must divide x's {x.shape[1]} channels, not be {num_groups}")
-    if 0 in x.shape[1:]:
-        raise ValueError(f"x must have at least one channel and one pixel a sample, not shape {tuple(x.shape)}")
+    if num_groups < 1 or shape[1] % num_groups:
+        raise ValueError(f"num_groups must divide x's {shape[1]} channels, not be {num_groups}")
+    if x.numel() == 0 and 0 in shape[1:]:
+        raise ValueError(f"x must have at least one channel and one pixel a sample, not shape {tuple(shape)}")
     if isinstance(eps, bool) or not isinstance(eps, (float, int)):
         raise TypeError(f"eps must be a float, not {type(eps).__name__}")
     if not 0 < eps < math.inf:
@@ -147,22 +141,38 @@ def _check_x(x: Any, num_groups: Any, eps: Any) -> None:
 def _check_out(out: Any, x: Tensor) -> None:
     if not isinstance(out, Tensor):
         raise TypeError(f"out must be a tensor or None, not {type(out).__name__}")
-    samples = x.shape[0]
-    size = x.numel() // max(samples, 1)
     if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
         raise ValueError(
             f"out must be {x.dtype} of shape {tuple(x.shape)} on {x.device}, as x, "
             f"not {out.dtype} of shape {tuple(out.shape)} on {out.device}"
         )
-    if samples and not (_same_layout(out, x) and (samples == 1 or out.stride(0) >= size)):
-        raise ValueError(f"out must be laid out like x, with strides {x.stride()}, not {out.stride()}")
-    if torch.compiler.is_compiling() or not samples:
+    samples = x.shape[0]
+    if samples == 0:
         return
-    # In place is safe, since each element is read before it is written, but only where element meets element.
-    first, last = x.data_ptr(), x.data_ptr() + ((samples - 1) * x.stride(0) + size) * x.element_size()
-    start, end = out.data_ptr(), out.data_ptr() + ((samples - 1) * out.stride(0) + size) * x.element_size()
-    if start < last and first < end and not (start == first and out.stride(0) == x.stride(0)):
+    size = x.numel() // samples
+    if not _same_layout(out, x) or (samples > 1 and out.stride(0) < size):
+        raise ValueError(
+            f"out must be contiguous or channels_last, whichever x is, not of strides {out.stride()}; "
+            f"x counts as contiguous where it is neither"
+        )
+    if not torch.compiler.is_compiling() and _overlap(out, x, size):
         raise ValueError("out must be x itself or share no memory with it")
+
+
+def _overlap(out: Tensor, x: Tensor, size: int) -> bool:
+    """Whether writing to `out` changes elements of x that are still to be read; a sample is a run of `size` elements.
+
+    In place is safe: an element is read before it is written.
+    """
+    samples, item = x.shape[0], x.element_size()
+    x_step, out_step = (t.stride(0) if samples > 1 else size for t in (x, out))
+    distance = out.data_ptr() - x.data_ptr()
+    if distance >= ((samples - 1) * x_step + size) * item or -distance >= ((samples - 1) * out_step + size) * item:
+        return False
+    if x_step != out_step:
+        return True
+    # Samples of one may lie between samples of the other, as two halves of the channels do.
+    return distance != 0 and not size * item <= distance % (x_step * item) <= (x_step - size) * item
 
 
 def group_norm_silu(
@@ -193,7 +203,7 @@ def group_norm_silu(
         scale, shift: (N, C), of x's dtype or float32; views such as the halves of a linear layer's output are
             not copied.
         activation: "silu", or None for none.
-        out: receives the result: a tensor of x's shape, dtype and strides, x itself included. Without gradients only.
+        out: receives the result: a tensor of x's shape, dtype and layout, x itself included. Without gradients only.
         embedding: (N, C), added to x before the statistics.
 
     Returns:
@@ -205,31 +215,30 @@ def group_norm_silu(
         RuntimeError: for `out` where a gradient is needed, and when a second derivative is asked for.
     """
     _check_x(x, num_groups, eps)
-    channels = x.shape[1]
+    dtype, device = x.dtype, x.device
+    per_sample = x.shape[:2]
     if weight is not None:
-        _check_parameter("weight", weight, (channels,), x)
+        _check_parameter("weight", weight, per_sample[1:], x, dtype, device)
     if bias is not None:
-        _check_parameter("bias", bias, (channels,), x)
+        _check_parameter("bias", bias, per_sample[1:], x, dtype, device)
     if scale is not None:
-        _check_parameter("scale", scale, (x.shape[0], channels), x)
+        _check_parameter("scale", scale, per_sample, x, dtype, device)
     if shift is not None:
-        _check_parameter("shift", shift, (x.shape[0], channels), x)
+        _check_parameter("shift", shift, per_sample, x, dtype, device)
     if embedding is not None:
-        _check_parameter("embedding", embedding, (x.shape[0], channels), x)
+        _check_parameter("embedding", embedding, per_sample, x, dtype, device)
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation must be 'silu' or None, not {activation!r}")
-    backend = "reference"  # until the C++ kernel is registered
+    backend = backends.choose(x)
     x = _dense(x)
     act = _ACTIVATIONS[activation]
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias, scale, shift, embedding, out)
-    ):
+    if out is not None:
+        _check_out(out, x)
+    if _check.needs_grad(x, weight, bias, scale, shift, embedding, out):
         if out is not None:
             raise RuntimeError("group_norm_silu: out= is for calls without gradients; use torch.no_grad()")
         return _NormAct.apply(x, weight, bias, scale, shift, embedding, num_groups, eps, act, backend)  # type: ignore[no-any-return,no-untyped-call]
     if out is None:
         out = torch.empty_like(x)
-    else:
-        _check_out(out, x)
     NORM_ACT[backend](x, num_groups, weight, bias, scale, shift, embedding, eps, act, out, None, None)
     return out

@@ -55,7 +55,7 @@ def randn(
         dtype: float32, float16, bfloat16 (rounded from float32) or float64 (the float32 values).
         device: where the noise is made.
         memory_format: `torch.channels_last` and the like change the layout, not the values.
-        out: a contiguous or channels_last tensor of this shape to fill; dtype, device and memory format are then its own.
+        out: a contiguous or channels_last tensor of this shape to fill; dtype, device and layout are then its own.
 
     Returns:
         The noise, `out` where it was given.

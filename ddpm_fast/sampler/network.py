@@ -79,7 +79,7 @@ class BoundNetwork:
 
     With `uncond_kwargs` it returns two outputs, from one call on a batch of 2N where all keyword arguments
     are tensors with a row for each sample, the unconditional half first, and from two calls where they are
-    not.
+    not. With `self_condition`, the name of a keyword, the network also gets the last x0, or None at first.
     """
 
     def __init__(
@@ -92,8 +92,10 @@ class BoundNetwork:
         time_function: TimeFunction | None,
         model_kwargs: Mapping[str, Any],
         uncond_kwargs: Mapping[str, Any] | None,
+        self_condition: str | None = None,
     ) -> None:
         self.model, self.x, self.channels = model, x, channels
+        self.model_kwargs, self.self_condition = model_kwargs, self_condition
         self.time_function = time_function
         self.shape = tuple(x.shape)
         samples = self.shape[0]
@@ -112,15 +114,23 @@ class BoundNetwork:
         # A row for each step, cut beforehand: the loop then neither builds a tensor nor waits for one.
         self.times = timesteps.to(x.device)[:, None].expand(-1, batch).contiguous().unbind()
 
-    def __call__(self, i: int) -> tuple[Tensor, Tensor | None]:
+    def time(self, i: int, batch: int) -> Tensor:
+        """What the network gets as t in step i, for a batch of that size."""
+        time = self.times[i][:batch]
+        return time if self.time_function is None else self.time_function(time)
+
+    def __call__(self, i: int, x0: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The network's output for step i, and the unconditional one under guidance."""
         if self.input is not self.x:
             for part in self.input.chunk(2) if self.halves else (self.input,):
                 part.copy_(self.x)
-        time = self.times[i]
-        if self.time_function is not None:
-            time = self.time_function(time)
-        outputs = [output_tensor(self.model(self.input, time, **kwargs)) for kwargs in self.calls]
+        time = self.time(i, self.input.shape[0])
+        last: dict[str, Any] = {}
+        if self.self_condition is not None:
+            if x0 is not None:
+                x0 = x0.to(self.input.dtype)
+            last[self.self_condition] = torch.cat([x0, x0]) if self.halves and x0 is not None else x0
+        outputs = [output_tensor(self.model(self.input, time, **kwargs, **last)) for kwargs in self.calls]
         if self.halves:
             expected = (self.input.shape[0], *self.shape[1:])
             check_output(outputs[0], expected, self.channels)

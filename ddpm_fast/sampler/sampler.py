@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import dataclasses
+import functools
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
 
-from ddpm_fast.ops import _check
-from ddpm_fast.ops.denoise import denoise
+from ddpm_fast.modes import MODES, Mode, TableRequest
+from ddpm_fast.sampler.arguments import (
+    check_shape,
+    check_state,
+    parse_clip,
+    parse_hooks,
+    parse_inpainting,
+    parse_number,
+    parse_self_condition,
+    parse_steps,
+    parse_threshold,
+    parse_time_input,
+)
+from ddpm_fast.sampler.inpaint import Inpainting
 from ddpm_fast.sampler.network import (
     BoundNetwork,
     TimeFunction,
@@ -31,30 +43,16 @@ from ddpm_fast.sampler.noise import (
     SeededNoise,
     check_noise,
 )
-from ddpm_fast.sampler.threshold import dynamic_bound
+from ddpm_fast.sampler.run import Run, call_with_gradients
+from ddpm_fast.sampler.state import SamplerState
+from ddpm_fast.sampler.step import Step
 from ddpm_fast.schedule import NoiseSchedule
-from ddpm_fast.solvers import CoefficientTable, ddim_table, ddpm_table
+from ddpm_fast.solvers import COLUMNS, SIGMA_SOLVERS, CoefficientTable
 
-_SOLVERS = ("ddpm", "ddim")
-_REFERENCES = ("guided",)
-
-
-@dataclass(frozen=True, eq=False)
-class SamplerState:
-    """What a step left behind. The tensors are copies: keep them or write into them, the run goes on
-    unchanged.
-
-    Attributes:
-        x: float32 ``(N, C, *)``, the state after the step.
-        x0: float32 ``(N, C, *)``, the clipped prediction of x_0 that the step was made with.
-        t: the step's timestep, numbered as in the original schedule.
-        i: the step's number, 0 for the noisiest.
-    """
-
-    x: Tensor
-    x0: Tensor
-    t: int
-    i: int
+_SOLVERS = ("ddpm", "ddim", "plms", *SIGMA_SOLVERS)
+_HISTORIES = ("plms", "dpmpp_2m")
+# Those that start from sigma * x_T and not from x_T.
+_SCALED = ("euler", "heun", "euler_ancestral")
 
 
 class Sampler:
@@ -68,22 +66,49 @@ class Sampler:
         prediction: what the model predicts: "epsilon", "x0", "v" or "x_prev" (the mean of a DDPM step).
         variance: "fixed_small", "fixed_large", "learned" or "learned_range". With the last two the model
             has 2C output channels, the prediction first.
-        solver: "ddpm" (ancestral) or "ddim".
-        steps: how many of the schedule's T steps to make: None for all, an int or a string such as
-            "10,10,5" or "ddim50" as :meth:`NoiseSchedule.respace` takes them.
+        solver: "ddpm" (ancestral), "ddim", "plms" (pseudo linear multistep), "dpmpp_2m" (DPM-Solver++ of second
+            order), or "euler", "heun" and "euler_ancestral" (Karras et al. 2022, k-diffusion's, at the schedule's
+            own noise levels). "ddpm", "euler_ancestral" and "ddim" with `eta` add noise. "heun" calls the model
+            twice a step, but for the last.
+        steps: how many of the schedule's T steps to make: None for all, an int, which chooses as the
+            `reference` does, or a string such as "10,10,5" or "ddim50" as :meth:`NoiseSchedule.respace` takes
+            them.
         timesteps: the steps to make, as strictly descending numbers of `schedule`, instead of `steps`.
         eta: DDIM's noise, from 0 (none) to 1 (DDPM's).
-        clip: the range that x0 is clipped to: ``(low, high)``, None, or "auto" for (-1, 1).
+        clip: the range that x0 is clipped to: ``(low, high)``, None, or "auto" for the `reference`'s own:
+            (-1, 1), and None for "latent-diffusion" and "annotated".
         threshold: a quantile in (0, 1], or ``(quantile, maximum)``: dynamic thresholding, in place of
             `clip`. Each sample's x0 is clipped to that quantile of its magnitude, at least 1 and at most
             `maximum`, and divided by it.
         guidance_scale: w of classifier-free guidance, ``e = e_u + w * (e_c - e_u)``; :meth:`sample` then
             needs `uncond_kwargs`.
-        reference: whose arithmetic to follow. "guided" is that of openai's guided-diffusion, bit for bit
-            given the same noise with the DDPM solver.
-        time_input: what the model gets as t: "auto" the timestep's original number (int64), "scaled" that
-            number times 1000 / T (float32), or a function of the former, an int64 tensor ``(N,)``, called
-            at each step.
+        guidance_rescale: phi in [0, 1]: the part of the guided output that is brought back to the standard
+            deviation, sample by sample, of the conditional one (Lin et al. 2024, section 3.4).
+        reference: whose loop to follow, in the choice of steps, the clip, the coefficients and the order and
+            number of draws from a `generator`:
+
+            - "guided": openai's; DDPM with a fixed variance is bit-equal to it given the same noise.
+            - "lucidrains": the same to the bit, without a draw in the last step.
+            - "latent-diffusion": CompVis'; no clip, DDIM's and PLMS' steps are one later, and end at the
+              abar of timestep 0.
+            - "diffusers": its schedulers' float32 coefficients. "guided" with the same `timesteps` is the
+              more accurate one.
+            - "annotated": the Hugging Face article's float32 tables; no clip, epsilon, "fixed_small", DDPM.
+        time_input: what the model gets as t: "auto" the timestep's original number (int64), and for a schedule
+            of :meth:`NoiseSchedule.log_snr` the log signal-to-noise ratio (float32); "scaled" the number times
+            1000 / T (float32); or a function of what "auto" gives, a tensor ``(N,)``, called at each step.
+        cond_fn: ``cond_fn(x, t, **model_kwargs)``, the gradient of log p(y | x), `t` as the model gets it;
+            called at each step with gradients enabled.
+        cond_mode: what the gradient changes: "mean" moves the mean of a DDPM step by variance * gradient,
+            "score" takes sqrt(1 - abar) * gradient from epsilon, after the clip (Dhariwal, Nichol 2021,
+            algorithms 1 and 2). openai's DDIM is "score".
+        denoised_fn: ``denoised_fn(x0)``, applied to x0 before the clip.
+        self_condition: whether the model also gets the last step's x0, None in the first, as
+            `x_self_cond`, or as the keyword that a string names (Chen, Zhang, Hinton 2023).
+        temperature: a factor, at least 0, of the noise that the steps add. It is multiplied into sigma.
+
+    A hook costs a kernel or more a step and self-conditioning a write of x0; without them a step is one
+    kernel.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -109,8 +134,14 @@ class Sampler:
         clip: Literal["auto"] | tuple[float, float] | None = "auto",
         threshold: float | tuple[float, float] | None = None,
         guidance_scale: float | None = None,
-        reference: str = "guided",
+        guidance_rescale: float = 0.0,
+        reference: str | Mode = "guided",
         time_input: Literal["auto", "scaled"] | TimeFunction = "auto",
+        cond_fn: Callable[..., Tensor] | None = None,
+        cond_mode: Literal["mean", "score"] = "mean",
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        self_condition: bool | str = False,
+        temperature: float = 1.0,
     ) -> None:
         if not callable(model):
             raise TypeError(f"model must be callable as model(x, t), got {type(model).__name__}")
@@ -118,30 +149,136 @@ class Sampler:
             raise TypeError(f"schedule must be a NoiseSchedule, got {type(schedule).__name__}")
         if solver not in _SOLVERS:
             raise ValueError(f"solver must be one of {', '.join(_SOLVERS)}, got {solver!r}")
-        if reference not in _REFERENCES:
-            raise ValueError(f"reference must be one of {', '.join(_REFERENCES)}, got {reference!r}")
+        mode = reference if isinstance(reference, Mode) else MODES.get(reference)
+        if mode is None:
+            raise ValueError(f"reference must be one of {', '.join(MODES)}, got {reference!r}")
+        if solver not in mode.solvers:
+            raise ValueError(f"reference={mode.name!r} has solver {' or '.join(mode.solvers)}, got {solver!r}")
+        if solver != "ddim" and eta != 0.0:
+            raise ValueError(f"eta is a parameter of solver='ddim' and must be 0 for {solver!r}, got {eta!r}")
+        if solver == "plms" and prediction != "epsilon":
+            raise ValueError(f"solver='plms' extrapolates epsilon and has no prediction={prediction!r}")
         if guidance_scale is not None:
-            _check_number("guidance_scale", guidance_scale)
+            parse_number("guidance_scale", guidance_scale)
+        hooks = parse_hooks(guidance_rescale, guidance_scale, denoised_fn, cond_fn, cond_mode, solver, prediction)
+        keyword = parse_self_condition(self_condition)
+        noise_scale = parse_number("temperature", temperature, low=0.0)
+        bounds, quantile = parse_clip(clip, mode.clip), parse_threshold(threshold)
+        positions = parse_steps(schedule, mode, steps, timesteps)
+        edits_x0 = bounds is not None or quantile is not None or denoised_fn is not None
+
         self.model = model
-        self._schedule = _respaced(schedule, steps, timesteps)
+        self._mode = mode
+        self._full = schedule
+        self._positions = tuple(range(schedule.timesteps) if positions is None else positions)
+        self._schedule = schedule if positions is None else schedule.respace(positions)
         self._guidance_scale = guidance_scale
-        self._clip = _parse_clip(clip)
-        self._threshold = _parse_threshold(threshold)
-        self._time_function = _parse_time_input(time_input, schedule.original_timesteps)
-        weight = 1.0 if guidance_scale is None else float(guidance_scale)
-        if solver == "ddim":
-            self._table = ddim_table(
-                self._schedule, prediction=prediction, variance=variance, eta=eta, guidance_scale=weight
+        self._clip = bounds
+        self._threshold = quantile
+        self._self_condition = keyword
+        self._time_function = parse_time_input(time_input, schedule)
+        table = mode.table(
+            TableRequest(
+                full=schedule,
+                kept=self._schedule,
+                positions=self._positions,
+                solver=solver,
+                prediction=prediction,
+                variance=variance,
+                eta=eta,
+                guidance_scale=1.0 if guidance_scale is None else float(guidance_scale),
+                edits_x0=edits_x0,
+                needs_x0=edits_x0 or keyword is not None or (cond_fn is not None and cond_mode == "score"),
             )
-        else:
-            if eta != 0.0:
-                raise ValueError(f"eta is a parameter of solver='ddim' and must be 0 for 'ddpm', got {eta!r}")
-            self._table = ddpm_table(self._schedule, prediction=prediction, variance=variance, guidance_scale=weight)
+        )
+        if table.output_weight is not None and cond_fn is not None:
+            raise ValueError("reference='diffusers' has no DDIM step with cond_fn and a clip: use reference='guided'")
+        self._table = _with_temperature(table, noise_scale)
+        self._times = self._schedule.network_times.flip(0)
         self._timestep_list: list[int] = self._table.timesteps.tolist()
-        self._stochastic = self._table.stochastic
-        self._kernel_variance = self._table.variance if self._table.uses_learned_variance else "fixed"
         self._double_channels = variance in ("learned", "learned_range")
-        self._on_device: dict[torch.device, tuple[Tensor, tuple[Tensor, ...]]] = {}
+        self._step = Step(self._table, self._schedule, bounds, quantile, guidance_scale, hooks)
+        self._finish: Callable[[Tensor], None] | None = None
+
+    # ------------------------------------------------------------------ made from somebody else's object
+
+    @classmethod
+    def from_guided(cls, diffusion: Any, model: Callable[..., Any], **options: Any) -> Sampler:
+        """As `p_sample_loop` of openai's GaussianDiffusion or SpacedDiffusion, GLIDE's included, samples.
+
+        Tables, numbering, what the model predicts, its variance and `rescale_timesteps` are read from
+        `diffusion`. `options` are further arguments of Sampler: ``solver="ddim"`` with ``cond_mode="score"`` is
+        `ddim_sample_loop`.
+
+        Args:
+            diffusion: the live object.
+            model: as one passes it to `p_sample_loop`.
+
+        Raises:
+            TypeError: `diffusion` is none, or an option is given for what is read from it.
+            ValueError: it predicts something that a Sampler does not know.
+        """
+        from ddpm_fast.interop import guided
+
+        return cls(model, **guided.arguments(diffusion, options))
+
+    @classmethod
+    def from_lucidrains(cls, diffusion: Any, **options: Any) -> Sampler:
+        """As `sample` of denoising_diffusion_pytorch's GaussianDiffusion or LearnedGaussianDiffusion samples.
+
+        Its float32 buffers, its network, objective, self-conditioning, DDIM steps and eta are read from
+        `diffusion`. :meth:`sample` returns what that `sample` does: in [0, 1], unless `diffusion` was made with
+        ``auto_normalize=False``; states are in [-1, 1] all the same.
+
+        Raises:
+            TypeError: `diffusion` is none, or an option is given for what is read from it.
+            ValueError: a subclass that samples differently, or betas that are not in (0, 1).
+        """
+        from ddpm_fast.interop import lucidrains
+
+        sampler = cls(**lucidrains.arguments(diffusion, options))
+        sampler._finish = lucidrains.finish(diffusion)
+        return sampler
+
+    @classmethod
+    def from_latent_diffusion(cls, ddpm: Any, **options: Any) -> Sampler:
+        """As CompVis' DDPM or LatentDiffusion samples, in latents.
+
+        Its float32 buffers, parameterization and clip are read from `ddpm`. `options` are further arguments of
+        Sampler: ``solver="ddim", steps=50, eta=0.0`` is DDIMSampler, ``solver="plms", steps=50`` PLMSSampler. A
+        condition is ``model_kwargs={"c": c}``, the unconditional one ``uncond_kwargs={"c": uc}``.
+
+        Raises:
+            TypeError: `ddpm` is none, or an option is given for what is read from it.
+            ValueError: it does something that a Sampler does not.
+        """
+        from ddpm_fast.interop import latent_diffusion
+
+        return cls(**latent_diffusion.arguments(ddpm, options))
+
+    @classmethod
+    def from_diffusers(
+        cls, scheduler: Any, unet: Callable[..., Any], *, use_clipped_model_output: bool = False, **options: Any
+    ) -> Sampler:
+        """As a pipeline of diffusers with a DDPMScheduler or a DDIMScheduler samples.
+
+        The float32 betas and abar, and what the configuration says, are read from `scheduler`. Its timesteps are
+        taken where `set_timesteps` was called, all of them otherwise; ``steps=n`` is `set_timesteps(n)` on a
+        copy.
+
+        Args:
+            scheduler: the live object.
+            unet: the network; its `.sample` is taken.
+            use_clipped_model_output: as in `DDIMScheduler.step`.
+
+        Raises:
+            ImportError: diffusers is not installed.
+            TypeError: an option is given for what is read from `scheduler`.
+            ValueError: another scheduler, or a variance or timestep that a Sampler does not have.
+        """
+        from ddpm_fast.interop import diffusers
+
+        return cls(unet, **diffusers.arguments(scheduler, options, use_clipped_model_output))
 
     # ------------------------------------------------------------------ what it was made of
 
@@ -171,7 +308,7 @@ class Sampler:
         return (
             f"Sampler(solver={table.solver!r}, prediction={table.prediction!r}, variance={table.variance!r}, "
             f"steps={self.steps} of {self._schedule.original_timesteps}, {bound}, "
-            f"guidance_scale={self._guidance_scale})"
+            f"guidance_scale={self._guidance_scale}, reference={self._mode.name!r})"
         )
 
     # ------------------------------------------------------------------ running it
@@ -188,6 +325,10 @@ class Sampler:
         generator: torch.Generator | None = ...,
         model_kwargs: Mapping[str, Any] | None = ...,
         uncond_kwargs: Mapping[str, Any] | None = ...,
+        mask: Tensor | None = ...,
+        known: Tensor | None = ...,
+        blend: Literal["before", "after", "repaint"] = ...,
+        resample: int = ...,
         progress: bool = ...,
         callback: Callable[[SamplerState], object] | None = ...,
         every: None = ...,
@@ -206,6 +347,10 @@ class Sampler:
         generator: torch.Generator | None = ...,
         model_kwargs: Mapping[str, Any] | None = ...,
         uncond_kwargs: Mapping[str, Any] | None = ...,
+        mask: Tensor | None = ...,
+        known: Tensor | None = ...,
+        blend: Literal["before", "after", "repaint"] = ...,
+        resample: int = ...,
         progress: bool = ...,
         callback: Callable[[SamplerState], object] | None = ...,
         every: int,
@@ -223,6 +368,10 @@ class Sampler:
         generator: torch.Generator | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         uncond_kwargs: Mapping[str, Any] | None = None,
+        mask: Tensor | None = None,
+        known: Tensor | None = None,
+        blend: Literal["before", "after", "repaint"] = "before",
+        resample: int = 1,
         progress: bool = False,
         callback: Callable[[SamplerState], object] | None = None,
         every: int | None = None,
@@ -235,16 +384,25 @@ class Sampler:
             seed: of x_T and of the steps' noise: an int in [0, 2^64) or an int64 tensor of one element.
             sample_ids: the samples' numbers in [0, 2^32), 0 .. N-1 unless given. A sample's noise depends
                 on the seed and its number only, not on the batch that it is drawn in.
-            x_T: float32 start, not written to; drawn from `seed` or `generator` unless given.
-            noise: the steps' noise: a float32 tensor ``(>= S, N, C, *)`` with a row for each step, or a
-                function ``noise(draw, t, shape)`` of the draw's number 0 .. S-1 and the timestep's original
-                number.
-            generator: draw from torch instead: x_T unless given, then once for each step, in openai's
-                order.
+            x_T: float32 start, not written to; drawn from `seed` or `generator` unless given. Standard normal
+                for every solver; "euler", "heun" and "euler_ancestral" scale it to their noise themselves.
+            noise: the steps' noise: a float32 tensor ``(>= D, N, C, *)`` with a row for each draw that the
+                `reference` makes in all steps, or a function ``noise(draw, t, shape)`` of the draw's number
+                0 .. D-1 and the timestep's original number. D is S where it draws in each step.
+            generator: draw from torch instead: x_T unless given, then as often and in the order as the
+                `reference` does, draws that it does not use included.
             model_kwargs: further keyword arguments of the model.
             uncond_kwargs: those of the unconditional half, under guidance. The model is called once with a
                 batch of 2N, the unconditional half first, where the arguments of both are the same tensors'
                 names with a row for each sample, and twice, unconditional first, otherwise.
+            mask: floating-point or bool, of a shape that broadcasts to ``(N, C, *)``: 1 where `known` is kept.
+            known: float32 ``(N, C, *)``, the images to complete, as the network knows images.
+            blend: where the known part, noised, replaces the state's: "before" each step (latent-diffusion's
+                DDIM), "after" each step, at the timestep that it was made from (latent-diffusion's DDPM), or
+                "repaint": after it, at the timestep that it leads to (Lugmayr et al. 2022). Its noise is one
+                more draw a step, before or after the step's own; from a seed, of the stream "corrector".
+            resample: with "repaint", how often each step is made; in between the state is noised back up, which
+                is one more draw.
             progress: show a progress bar.
             callback: called with a :class:`SamplerState` after each step; returning True ends the run.
             every: also collect the state after each `every`-th step.
@@ -262,9 +420,20 @@ class Sampler:
             TypeError, ValueError: before the model is called, for an argument that is not as above; or at
                 the first step, for an output of another shape than it must have.
         """
-        run = self._run(shape, seed, sample_ids, x_T, noise, generator, model_kwargs, uncond_kwargs, out)
         if callback is not None and not callable(callback):
             raise TypeError(f"callback must be callable, got {type(callback).__name__}")
+        run = self._run(
+            shape,
+            seed,
+            sample_ids,
+            x_T,
+            noise,
+            generator,
+            model_kwargs,
+            uncond_kwargs,
+            out,
+            (mask, known, blend, resample),
+        )
         kept = None if every is None else run.storage(every)
         collected = 0
         with contextlib.closing(self._steps(run, callback is not None, progress)) as steps:
@@ -274,6 +443,10 @@ class Sampler:
                     collected += 1
                 if callback is not None and callback(cast(SamplerState, state)) is True:
                     break
+        if self._finish is not None:
+            self._finish(run.x)
+            if kept is not None:
+                self._finish(kept)
         return run.x if kept is None else (run.x, kept[:collected])
 
     def stream(
@@ -287,6 +460,10 @@ class Sampler:
         generator: torch.Generator | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         uncond_kwargs: Mapping[str, Any] | None = None,
+        mask: Tensor | None = None,
+        known: Tensor | None = None,
+        blend: Literal["before", "after", "repaint"] = "before",
+        resample: int = 1,
         progress: bool = False,
         out: Tensor | None = None,
     ) -> Iterator[SamplerState]:
@@ -296,10 +473,21 @@ class Sampler:
         first state is asked for. The model is in evaluation mode from the first state until the iterator
         ends or is closed.
         """
-        run = self._run(shape, seed, sample_ids, x_T, noise, generator, model_kwargs, uncond_kwargs, out)
+        run = self._run(
+            shape,
+            seed,
+            sample_ids,
+            x_T,
+            noise,
+            generator,
+            model_kwargs,
+            uncond_kwargs,
+            out,
+            (mask, known, blend, resample),
+        )
         return cast(Iterator[SamplerState], self._steps(run, True, progress))
 
-    def _steps(self, run: _Run, want_state: bool, progress: bool) -> Generator[SamplerState | None, None, None]:
+    def _steps(self, run: Run, want_state: bool, progress: bool) -> Generator[SamplerState | None, None, None]:
         bar = _progress_bar(self.steps) if progress else None
         try:
             with evaluating(self.model):
@@ -321,6 +509,7 @@ class Sampler:
         *,
         seed: int | Tensor = 0,
         sample_ids: Sequence[int] | Tensor | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         """One step, for loops of one's own: with the same seed, S of them are :meth:`sample`.
@@ -333,14 +522,20 @@ class Sampler:
             noise: float32 ``(N, C, *)``; drawn from `seed`, for `sample_ids` and step i, unless given.
             seed: as in :meth:`sample`.
             sample_ids: as in :meth:`sample`.
+            model_kwargs: what `cond_fn` gets besides x and t.
             out: where to write the result; may be `x_t`.
 
         Returns:
             x_{t-1}, float32 ``(N, C, *)``, without gradient.
 
         Raises:
-            TypeError, ValueError: an argument that is not as above.
+            TypeError, ValueError: an argument that is not as above, or a solver whose steps depend on the
+                ones before.
         """
+        if self._table.solver in _HISTORIES:
+            raise ValueError(f"solver={self._table.solver!r} has a history, which step does not keep: use stream")
+        if self._table.solver == "heun":
+            raise ValueError("solver='heun' asks the network twice a step, which step does not: use stream")
         if isinstance(i, bool) or not isinstance(i, int):
             raise TypeError(f"i must be an int, got {type(i).__name__}")
         if not 0 <= i < self.steps:
@@ -363,73 +558,20 @@ class Sampler:
             arguments["noise"] = check_noise(noise, shape, x_t.device)
         else:
             source = SeededNoise(seed, sample_ids, shape[0], x_t.device)
-            arguments = source.arguments(i, self._stochastic)
+            arguments = source.arguments(i, self._step.stochastic)
+        cond_fn, gradient = self._step.hooks.cond_fn, None
+        if cond_fn is not None:
+            time = self._times[i].to(x_t.device).expand(shape[0])
+            time = time if self._time_function is None else self._time_function(time)
+            gradient = functools.partial(call_with_gradients, cond_fn, time, model_kwargs or {})
         with torch.no_grad():
-            return self._apply(
-                x_t, outputs[-1], outputs[0] if pair else None, i, arguments, out, None, self._scratch(x_t)
-            )
+            unconditional = outputs[0] if pair else None
+            return self._step(x_t, outputs[-1], unconditional, i, arguments, out, None, gradient)
 
     # ------------------------------------------------------------------ parts
 
     def _output_channels(self, shape: tuple[int, ...]) -> int:
         return shape[1] * 2 if self._double_channels else shape[1]
-
-    def _scratch(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """What thresholding needs besides the state."""
-        return None if self._threshold is None else (torch.empty_like(x), torch.empty_like(x))
-
-    def _coefficients(self, device: torch.device) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The rows on `device`, and for each step its number as a tensor of one element."""
-        found = self._on_device.get(device)
-        if found is None:
-            numbers = torch.arange(self.steps, dtype=torch.int64, device=device)
-            found = self._table.rows.to(device), numbers.view(-1, 1).unbind()
-            self._on_device[device] = found
-        return found
-
-    def _apply(
-        self,
-        x_t: Tensor,
-        output: Tensor,
-        unconditional: Tensor | None,
-        i: int,
-        noise: dict[str, Any],
-        out: Tensor | None,
-        x0_out: Tensor | None,
-        scratch: tuple[Tensor, Tensor] | None,
-    ) -> Tensor:
-        """The step behind the network: from x_t and the outputs to x_{t-1}, by way of one kernel."""
-        rows, numbers = self._coefficients(x_t.device)
-        # A network may return a view of its input, and a step in place writes there while it still reads.
-        output = _apart_from(out, output)
-        unconditional = None if unconditional is None else _apart_from(out, unconditional)
-        if self._double_channels and self._kernel_variance == "fixed":
-            # DDIM with a network that also predicts a variance, which DDIM does not use.
-            output = output[:, : x_t.shape[1]]
-            unconditional = None if unconditional is None else unconditional[:, : x_t.shape[1]]
-        common: dict[str, Any] = {
-            "prediction": self._table.prediction,
-            "variance": self._kernel_variance,
-            "unconditional": unconditional,
-        }
-        clip, bound = self._clip, None
-        if self._threshold is not None and scratch is not None:
-            # The bound needs x0 before it is clipped: a pass for x0 alone, whose x_prev is thrown away.
-            x0, unused = scratch
-            denoise(x_t, output, rows, numbers[i], clip=None, out=unused, x0_out=x0, **common)
-            clip, bound = None, dynamic_bound(x0, *self._threshold)
-        return denoise(
-            x_t,
-            output,
-            rows,
-            numbers[i],
-            clip=clip,
-            threshold=bound,
-            out=out,
-            x0_out=x0_out,
-            **noise,
-            **common,
-        )
 
     def _run(
         self,
@@ -442,9 +584,10 @@ class Sampler:
         model_kwargs: Mapping[str, Any] | None,
         uncond_kwargs: Mapping[str, Any] | None,
         out: Tensor | None,
-    ) -> _Run:
+        inpainting: tuple[Tensor | None, Tensor | None, str, int],
+    ) -> Run:
         """Check a run's arguments and make its buffers."""
-        size = _check_shape(shape)
+        size = check_shape(shape)
         for name, kwargs in (("model_kwargs", model_kwargs), ("uncond_kwargs", uncond_kwargs)):
             if kwargs is not None and not isinstance(kwargs, Mapping):
                 raise TypeError(f"{name} must be a mapping of keyword arguments, got {type(kwargs).__name__}")
@@ -470,12 +613,20 @@ class Sampler:
         device = device or torch.device("cpu")
         for name, state in (("x_T", x_T), ("out", out)):
             if state is not None:
-                _check_state(name, state, size, device)
+                check_state(name, state, size, device)
+        mask, known, blend, resample = inpainting
+        mask = parse_inpainting(mask, known, blend, resample, size, device)
+        if resample > 1 and self._table.solver in _HISTORIES:
+            raise ValueError(f"solver={self._table.solver!r} has a history and cannot make a step again: resample=1")
+        paint = None
+        if mask is not None and known is not None:
+            paint = Inpainting(mask, known, blend, resample, self._full, self._positions)
         source: NoiseSource
         if generator is not None:
-            source = GeneratorNoise(generator, size, device)
+            source = GeneratorNoise(generator, self._table.draws, size, device)
         elif noise is not None:
-            source = GivenNoise(noise, self._timestep_list, size, seed, sample_ids, device)
+            extras = 0 if paint is None else paint.extras(self._table.draws, self._step.stochastic)
+            source = GivenNoise(noise, self._timestep_list, self._table.draws, extras, size, seed, sample_ids, device)
         else:
             source = SeededNoise(seed, sample_ids, size[0], device)
         with torch.no_grad():
@@ -486,144 +637,29 @@ class Sampler:
                 source.start(out)
             elif x_T is not out:
                 out.copy_(x_T)
+            if self._table.solver in _SCALED:
+                out.mul_(float(self._schedule.sqrt_one_minus_alphas_cumprod[-1]))
             network = BoundNetwork(
                 self.model,
                 out,
                 dtype,
                 self._output_channels(size),
-                self._table.timesteps,
+                self._times,
                 self._time_function,
                 model_kwargs or {},
                 uncond_kwargs,
+                self._self_condition,
             )
-        return _Run(self, out, network, source)
+        return Run(self._step, out, network, source, self._timestep_list, paint)
 
 
-class _Run:
-    """One run: its state, its buffers, its network and its noise."""
-
-    def __init__(self, sampler: Sampler, x: Tensor, network: BoundNetwork, source: NoiseSource) -> None:
-        self.sampler, self.x, self.network, self.source = sampler, x, network, source
-        self.scratch = sampler._scratch(x)
-
-    def step(self, i: int, want_state: bool) -> SamplerState | None:
-        """Make step i. The state that it returns, if wanted, is made of copies."""
-        sampler, x = self.sampler, self.x
-        x0 = torch.empty_like(x) if want_state else None
-        with torch.no_grad():
-            output, unconditional = self.network(i)
-            noise = self.source.arguments(i, sampler._stochastic)
-            sampler._apply(x, output, unconditional, i, noise, out=x, x0_out=x0, scratch=self.scratch)
-        return None if x0 is None else SamplerState(x.clone(), x0, sampler._timestep_list[i], i)
-
-    def storage(self, every: int) -> Tensor:
-        """Room for the state after each `every`-th step."""
-        if isinstance(every, bool) or not isinstance(every, int):
-            raise TypeError(f"every must be an int, got {type(every).__name__}")
-        if not 1 <= every <= self.sampler.steps:
-            raise ValueError(f"every must lie in 1 .. {self.sampler.steps}, got {every}")
-        return self.x.new_empty((self.sampler.steps // every, *self.x.shape))
-
-
-# ---------------------------------------------------------------------- arguments
-
-
-def _respaced(
-    schedule: NoiseSchedule, steps: int | str | None, timesteps: Iterable[int] | Tensor | None
-) -> NoiseSchedule:
-    if timesteps is None:
-        if steps is None:
-            return schedule
-        if isinstance(steps, bool) or not isinstance(steps, (int, str)):
-            raise TypeError(f"steps must be None, an int or a string, got {type(steps).__name__}")
-        return schedule.respace(steps)
-    if steps is not None:
-        raise ValueError("steps and timesteps exclude each other: both choose the steps to make")
-    if isinstance(timesteps, (str, int)) or not isinstance(timesteps, Iterable):
-        raise TypeError(f"timesteps must be the steps' numbers, got {type(timesteps).__name__}")
-    chosen = timesteps.tolist() if isinstance(timesteps, Tensor) else list(timesteps)
-    if len(chosen) > 1 and chosen[0] < chosen[-1]:
-        raise ValueError(f"timesteps must be descending, got {chosen[0]} .. {chosen[-1]}")
-    return schedule.respace(chosen)
-
-
-def _parse_clip(clip: Literal["auto"] | tuple[float, float] | None) -> tuple[float, float] | None:
-    if clip is None:
-        return None
-    if isinstance(clip, str):
-        if clip == "auto":
-            return (-1.0, 1.0)
-        raise ValueError(f"clip must be 'auto', None or (low, high), got {clip!r}")
-    if not isinstance(clip, (tuple, list)):
-        raise TypeError(f"clip must be 'auto', None or (low, high), got {type(clip).__name__}")
-    if len(clip) != 2:
-        raise ValueError(f"clip must be 'auto', None or (low, high), got {len(clip)} values")
-    low, high = (_check_number("clip", value) for value in clip)
-    if low >= high:
-        raise ValueError(f"clip must be (low, high) with low < high, got {(low, high)}")
-    return (low, high)
-
-
-def _parse_threshold(threshold: float | tuple[float, float] | None) -> tuple[float, float] | None:
-    if threshold is None:
-        return None
-    maximum = math.inf
-    if isinstance(threshold, (tuple, list)):
-        if len(threshold) != 2:
-            raise ValueError(f"threshold as a tuple must be (quantile, maximum), got {len(threshold)} values")
-        ratio, maximum = (_check_number("threshold", value) for value in threshold)
-    else:
-        ratio = _check_number("threshold", threshold)
-    if not 0.0 < ratio <= 1.0:
-        raise ValueError(f"threshold's quantile must lie in (0, 1], got {ratio}")
-    if maximum < 1.0:
-        raise ValueError(f"threshold's maximum must be at least 1, got {maximum}")
-    return ratio, maximum
-
-
-def _parse_time_input(time_input: str | TimeFunction, original_timesteps: int) -> TimeFunction | None:
-    if callable(time_input):
-        return time_input
-    if time_input == "auto":
-        return None
-    if time_input == "scaled":
-        factor = 1000.0 / original_timesteps
-        return lambda t: t.float() * factor
-    raise ValueError(f"time_input must be 'auto', 'scaled' or a function, got {time_input!r}")
-
-
-def _check_number(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
-    return float(value)
-
-
-def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    if isinstance(shape, (str, int)) or not isinstance(shape, Sequence):
-        raise TypeError(f"shape must be (N, C, *), got {type(shape).__name__}")
-    size = tuple(shape)
-    if len(size) < 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in size):
-        raise ValueError(f"shape must be (N, C, *) of ints >= 1, got {size}")
-    return size
-
-
-def _check_state(name: str, given: Tensor, size: tuple[int, ...], device: torch.device) -> None:
-    if given.shape != size or given.dtype != torch.float32 or given.device != device:
-        raise ValueError(
-            f"{name} must be float32 of shape {size} on {device}, "
-            f"got {given.dtype} of shape {tuple(given.shape)} on {given.device}"
-        )
-    if name == "out" and not _check.is_dense(given):
-        raise ValueError(f"out must be contiguous or channels_last, got strides {given.stride()}")
-
-
-def _apart_from(out: Tensor | None, tensor: Tensor) -> Tensor:
-    """`tensor`, copied where it lives in the memory of `out`."""
-    if out is None or out.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
-        return tensor
-    return tensor.clone()
+def _with_temperature(table: CoefficientTable, temperature: float) -> CoefficientTable:
+    """The table with every sigma times `temperature`; for a learned variance, the factor of sigma."""
+    if temperature == 1.0:
+        return table
+    factor = torch.ones(len(COLUMNS), dtype=torch.float64)
+    factor[COLUMNS.index("sigma")] = temperature
+    return dataclasses.replace(table, rows=table.rows * factor.float(), rows64=table.rows64 * factor)
 
 
 def _progress_bar(steps: int) -> Any:

@@ -53,7 +53,5 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def run_with_isa(isa: str, code: str) -> str:
     """Runs Python code in a process whose CPU kernels use one instruction set; what it prints."""
     environment = {**os.environ, "DDPM_FAST_CPU_ISA": isa}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     return done.stdout.strip()

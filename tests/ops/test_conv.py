@@ -247,7 +247,8 @@ def test_plans_say_why() -> None:
     assert "float16" in reason(64, 64, 8, 8, dtype=torch.float16)
     assert "cuda" in reason(64, 64, 8, 8, device="cuda")
     assert "vector" in reason(64, 64, 8, 8, isa="generic")
-    assert "channels" in reason(3, 64, 8, 8)
+    assert "3 to 64 channels" in reason(3, 64, 8, 8)
+    assert "64 to 3 channels" in reason(64, 3, 8, 8)
     assert "1x8" in reason(64, 64, 1, 8)
     with pytest.raises(ValueError, match="'exact', 'strict', 'fast', 'torch'"):
         plan_conv3x3(64, 64, 8, 8, mode="quick")

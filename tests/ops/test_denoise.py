@@ -24,9 +24,7 @@ EPS = 2.0**-24
 
 
 def table(variance: str = "fixed", prediction: str = "epsilon") -> Tensor:
-    return ddpm_table(
-        SCHEDULE, variance=VARIANCES[variance], prediction=prediction, guidance_scale=GUIDANCE
-    ).rows
+    return ddpm_table(SCHEDULE, variance=VARIANCES[variance], prediction=prediction, guidance_scale=GUIDANCE).rows
 
 
 def output_shape(shape: tuple[int, ...], variance: str) -> tuple[int, ...]:
@@ -50,9 +48,7 @@ def in_float64(
     Returns x_{t-1} and x0, and for each the sum of the magnitudes of the terms it is made of: float32's roundings are
     relative to those.
     """
-    row = {
-        name: rows.double()[index, i].reshape(-1, *[1] * (x_t.dim() - 1)) for i, name in enumerate(COLUMNS)
-    }
+    row = {name: rows.double()[index, i].reshape(-1, *[1] * (x_t.dim() - 1)) for i, name in enumerate(COLUMNS)}
     channels, x_t, output = x_t.shape[1], x_t.double(), output.double()
     e = output[:, :channels]
     e_terms = e.abs()
@@ -147,22 +143,16 @@ def test_the_networks_output_may_lie_otherwise_than_the_state(
     }[output_layout]()
     rows, index = table(variance), torch.tensor([0, 500, 999])
     got = denoise(x_t, output, rows, index, variance=variance, seed=1)
-    assert same_bits(
-        got, denoise(x_t.contiguous(), output.contiguous(), rows, index, variance=variance, seed=1)
-    )
+    assert same_bits(got, denoise(x_t.contiguous(), output.contiguous(), rows, index, variance=variance, seed=1))
 
 
 def test_guidance_reads_both_halves_of_one_output(backend: str) -> None:
     x_t, both = torch.randn(3, 3, 9, 9), torch.randn(6, 6, 9, 9)
     unconditional, conditional = both.chunk(2)
     rows, index = table("learned_range"), torch.tensor([20])
-    got = denoise(
-        x_t, conditional, rows, index, variance="learned_range", unconditional=unconditional, seed=1
-    )
+    got = denoise(x_t, conditional, rows, index, variance="learned_range", unconditional=unconditional, seed=1)
     # Epsilon channels are mixed; the variance is the conditional one.
-    mixed = torch.cat(
-        [unconditional[:, :3] + GUIDANCE * (conditional - unconditional)[:, :3], conditional[:, 3:]], 1
-    )
+    mixed = torch.cat([unconditional[:, :3] + GUIDANCE * (conditional - unconditional)[:, :3], conditional[:, 3:]], 1)
     assert same_bits(got, denoise(x_t, mixed, rows, index, variance="learned_range", seed=1))
 
 
@@ -208,7 +198,7 @@ def test_in_place_and_out(backend: str, layout: str, offset: int) -> None:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_a_sample_alone_has_the_bits_it_has_in_a_batch(backend: str, layout: str, threads: None) -> None:
+def test_a_sample_alone_has_the_bits_it_has_in_a_batch(backend: str, layout: str) -> None:
     x_t, e = laid_out(torch.randn(64, 3, 16, 16), layout), torch.randn(64, 3, 16, 16)
     torch.set_num_threads(2)
     batch = denoise(x_t, e, table(), torch.tensor([5]), seed=3)
@@ -225,13 +215,9 @@ def test_nan_and_infinity_pass_through_as_in_torch(backend: str) -> None:
     assert torch.equal(x0.isnan(), torch.tensor([[[[True, False, False, False]]]]))
     assert x0[..., 1:3].flatten().tolist() == [-1, 1]
     learned = torch.cat([x_t, e.reshape(1, 1, 1, 4)], 1)
-    out = denoise(
-        x_t, learned, table("learned"), torch.tensor([5]), variance="learned", noise=torch.ones_like(x_t)
-    )
+    out = denoise(x_t, learned, table("learned"), torch.tensor([5]), variance="learned", noise=torch.ones_like(x_t))
     assert torch.equal(out.isnan(), torch.tensor([[[[True, False, False, False]]]]))
-    assert out[..., 1].item() == pytest.approx(
-        torch.tensor(88.0).exp().item(), rel=1e-6
-    )  # clamped, not infinite
+    assert out[..., 1].item() == pytest.approx(torch.tensor(88.0).exp().item(), rel=1e-6)  # clamped, not infinite
 
 
 def test_the_polynomial_exponential_is_within_an_ulp() -> None:
@@ -253,7 +239,7 @@ def test_every_instruction_set_gives_the_same_bits() -> None:
         "rows = ddpm_table(df.NoiseSchedule.linear(100), variance='learned_range', guidance_scale=2.).rows;"
         "r = [denoise(x.contiguous(memory_format=f), e.to(d), rows, torch.tensor([0, 50, 99]), clip=(-1, 1), seed=1,"
         " variance='learned_range', unconditional=e.flip(0)).contiguous()"
-        " for f in (torch.contiguous_format, torch.channels_last) for d in (torch.float32, torch.half, torch.bfloat16)];"
+        " for f in (torch.contiguous_format, torch.channels_last) for d in (torch.float, torch.half, torch.bfloat16)];"
         "print(*(hashlib.sha256(t.numpy().tobytes()).hexdigest() for t in r))"
     )
     assert run_with_isa("avx512", code) == run_with_isa("avx2", code) == run_with_isa("generic", code)
@@ -264,16 +250,12 @@ def test_every_instruction_set_gives_the_same_bits() -> None:
 def test_gradients_in_float64(prediction: str, variance: str) -> None:
     shape = (2, 2, 3, 3)
     x_t = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    outputs = [
-        torch.randn(output_shape(shape, variance), dtype=torch.float64, requires_grad=True) for _ in range(2)
-    ]
+    outputs = [torch.randn(output_shape(shape, variance), dtype=torch.float64, requires_grad=True) for _ in range(2)]
     rows, index = table(variance, prediction), torch.tensor([900, 10])
     noise = torch.randn(shape, dtype=torch.float64)
 
     def f(x: Tensor, e: Tensor, u: Tensor) -> Tensor:
-        return denoise(
-            x, e, rows, index, prediction=prediction, variance=variance, unconditional=u, noise=noise
-        )
+        return denoise(x, e, rows, index, prediction=prediction, variance=variance, unconditional=u, noise=noise)
 
     assert torch.autograd.gradcheck(f, (x_t, *outputs))
 

@@ -150,9 +150,7 @@ def test_opcheck(backend: str) -> None:
     out, noise = torch.empty_like(x0), torch.empty_like(x0)
     torch.library.opcheck(NOISING[backend], (x0, t, table, torch.randn_like(x0), out))
     step = torch.tensor([0])
-    torch.library.opcheck(
-        NOISING_RANDOM[backend], (x0, t, table, torch.tensor([1]), None, step, 2, out, noise)
-    )
+    torch.library.opcheck(NOISING_RANDOM[backend], (x0, t, table, torch.tensor([1]), None, step, 2, out, noise))
 
 
 def test_compiles_into_one_graph(backend: str) -> None:

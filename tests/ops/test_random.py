@@ -31,9 +31,7 @@ def words(text: str) -> torch.Tensor:
 
 
 def as_hex(values: torch.Tensor) -> str:
-    return " ".join(
-        f"{bits & 0xFFFFFFFF:08x}" for bits in values.contiguous().view(torch.int32).flatten().tolist()
-    )
+    return " ".join(f"{bits & 0xFFFFFFFF:08x}" for bits in values.contiguous().view(torch.int32).flatten().tolist())
 
 
 @pytest.mark.parametrize(
@@ -92,9 +90,7 @@ def test_normals_are_box_mullers_within_the_documented_error() -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("case", SHAPES_AND_LAYOUTS, ids=shape_and_layout_id)
-def test_every_backend_gives_the_same_bits(
-    backend: str, case: tuple[tuple[int, ...], str], dtype: torch.dtype
-) -> None:
+def test_every_backend_gives_the_same_bits(backend: str, case: tuple[tuple[int, ...], str], dtype: torch.dtype) -> None:
     shape, layout = case
     arguments = {"seed": 1 << 63, "sample_ids": [*range(5, 5 + shape[0])], "step": 1000, "stream": "x_T"}
     with df.use_backend("reference"):
@@ -127,7 +123,7 @@ def test_a_sample_alone_has_the_bits_it_has_in_a_batch(backend: str, layout: str
     assert same_bits(batch[7:8], alone)
 
 
-def test_the_number_of_threads_changes_nothing(threads: None) -> None:
+def test_the_number_of_threads_changes_nothing() -> None:
     torch.set_num_threads(1)
     one = df.randn((16, 3, 64, 64), seed=1)
     torch.set_num_threads(2)
@@ -145,9 +141,7 @@ def test_seed_and_out_may_be_tensors(backend: str) -> None:
     out = torch.full((3, 2, 8, 8), math.nan).contiguous(memory_format=torch.channels_last)
     assert df.randn(out.shape, seed=torch.tensor([9]), out=out) is out
     assert same_bits(out, df.randn((3, 2, 8, 8), seed=9))
-    view = torch.full((2 * 3 * 8 + 1,), math.nan)[1:].reshape(
-        2, 3, 8
-    )  # a storage offset, no 16-byte boundary
+    view = torch.full((2 * 3 * 8 + 1,), math.nan)[1:].reshape(2, 3, 8)  # a storage offset, no 16-byte boundary
     assert same_bits(df.randn(view.shape, seed=9, out=view), df.randn((2, 3, 8), seed=9))
 
 
@@ -180,9 +174,7 @@ def test_samples_steps_streams_and_seeds_are_uncorrelated() -> None:
     )
     correlations = torch.corrcoef(draws.double()) - torch.eye(len(draws), dtype=torch.float64)
     assert correlations.abs().max() < 4.5 / n**0.5
-    shifted = torch.corrcoef(torch.stack([draws[0, 1:], draws[0, :-1]]).double())[
-        0, 1
-    ]  # neighbours in a block
+    shifted = torch.corrcoef(torch.stack([draws[0, 1:], draws[0, :-1]]).double())[0, 1]  # neighbours in a block
     assert shifted.abs() < 4.5 / n**0.5
 
 

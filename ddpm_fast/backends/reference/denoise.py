@@ -15,7 +15,7 @@ VARIANCES = ("fixed", "learned", "learned_range")
 
 
 class _ExpPoly(torch.autograd.Function):
-    """exp in float32, clamped to [-87, 88], within 1 ulp: docs/noise.md has the polynomial. Its derivative is itself."""
+    """exp in float32, clamped to [-87, 88], within 1 ulp: docs/noise.md has the polynomial. Its own derivative."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -34,7 +34,8 @@ class _ExpPoly(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (y,) = ctx.saved_tensors
-        return grads[0] * y
+        grad: Tensor = grads[0] * y
+        return grad
 
 
 def exp_poly(x: Tensor) -> Tensor:

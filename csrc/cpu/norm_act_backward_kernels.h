@@ -1,0 +1,221 @@
+namespace ddpm_fast {
+namespace DDPM_FAST_ISA {
+
+// Where grad_x is float32 it holds grad_z between the two passes; otherwise grad_z is worked out twice.
+template <class T, bool kActivation> constexpr bool kept_in_grad_x = kActivation && std::is_same_v<T, float>;
+
+template <bool kActivation> DDPM_FAST_INLINE F gradient_of_z(F grad_out, F difference, F factor, F offset) {
+  if constexpr (kActivation) return grad_out * silu_derivative(fma(difference, factor, offset));
+  return grad_out;
+}
+
+// ---- Channels first ----
+
+template <class T> DDPM_FAST_INLINE void prefetch(const T* grad_out, const T* x, const T* grad_x) {
+  __builtin_prefetch(grad_out + kAhead);
+  __builtin_prefetch(x + kAhead);
+  __builtin_prefetch(grad_x + kAhead);
+}
+
+template <class T, bool kActivation>
+static ChannelSums run_sums(const T* grad_out, const T* x, T* grad_x, int64_t n, const ChannelCoefficients& k,
+                            bool with_differences) {
+  const Differences difference(k);
+  const F factor = splat(k.factor), offset = splat(k.offset);
+  F gradient = splat(0.0f), product = splat(0.0f), differences = splat(0.0f);
+  for (int64_t i = 0; i + kLanes <= n; i += kLanes) {
+    prefetch(grad_out + i, x + i, grad_x + i);
+    const F d = difference(load(x + i));
+    const F g = gradient_of_z<kActivation>(load(grad_out + i), d, factor, offset);
+    if (kept_in_grad_x<T, kActivation> && grad_x != nullptr) put(grad_x + i, g);
+    gradient = gradient + g;
+    product = fma(g, d, product);
+    if (with_differences) differences = differences + d;
+  }
+  if (n % kLanes != 0) {
+    const Tail tail = tail_of(n);
+    const F d = kept(difference(load(x, tail)), tail);
+    const F g = gradient_of_z<kActivation>(load(grad_out, tail), difference(load(x, tail)), factor, offset);
+    if (kept_in_grad_x<T, kActivation> && grad_x != nullptr) put(grad_x, g, tail);
+    gradient = gradient + kept(g, tail);
+    product = fma(kept(g, tail), d, product);
+    differences = differences + d;
+  }
+  return {sum_of_lanes(gradient), sum_of_lanes(product), sum_of_lanes(differences)};
+}
+
+template <class T, bool kActivation>
+DDPM_FAST_INLINE F gradient_of_x(F grad, F d, F factor, F offset, F slope, F constant) {
+  if constexpr (!kept_in_grad_x<T, kActivation>) grad = gradient_of_z<kActivation>(grad, d, factor, offset);
+  return fma(grad, factor, fma(d, slope, constant));
+}
+
+// `grad` is grad_x itself where that holds grad_z: the tail is read before anything is written.
+template <class T, bool kActivation>
+static void gradient_run(const T* grad, const T* x, T* grad_x, int64_t n, const ChannelCoefficients& k,
+                         const GradientCoefficients& g) {
+  const Differences difference(k);
+  const F factor = splat(k.factor), offset = splat(k.offset);
+  const F slope = splat(g.slope), constant = splat(g.constant);
+  const bool has_tail = n % kLanes != 0;
+  const Tail tail = tail_of(n);
+  const F last = has_tail ? load(grad, tail) : splat(0.0f);
+  for (int64_t i = 0; i + kLanes <= n; i += kLanes)
+    put(grad_x + i,
+          gradient_of_x<T, kActivation>(load(grad + i), difference(load(x + i)), factor, offset, slope, constant));
+  if (has_tail) {
+    const F d = difference(load(x, tail));
+    put(grad_x, gradient_of_x<T, kActivation>(last, d, factor, offset, slope, constant), tail);
+  }
+}
+
+// ---- Channels last ----
+
+// The sums, an element of the row each; without an embedding nobody asks for that of the differences.
+struct RowSums {
+  float *gradient, *product, *difference;
+};
+
+template <class T, bool kActivation>
+DDPM_FAST_INLINE void sum_row(const T* grad_out, const T* x, T* grad_x, int64_t n, RowCoefficients& k,
+                              const RowSums& sums) {
+  const float *const embedding = k.embedding(), *const center = k.center(), *const factor = k.factor();
+  const float* const offset = k.offset();
+  for (int64_t i = 0; i + kLanes <= n; i += kLanes) {
+    prefetch(grad_out + i, x + i, grad_x + i);
+    const F d = row_difference(load(x + i), embedding, center, i);
+    const F g = gradient_of_z<kActivation>(load(grad_out + i), d, load(factor + i), load(offset + i));
+    if (kept_in_grad_x<T, kActivation> && grad_x != nullptr) put(grad_x + i, g);
+    store(sums.gradient + i, load(sums.gradient + i) + g);
+    store(sums.product + i, fma(g, d, load(sums.product + i)));
+    if (embedding != nullptr) store(sums.difference + i, load(sums.difference + i) + d);
+  }
+  if (n % kLanes == 0) return;
+  const Tail tail = tail_of(n);
+  const int64_t i = tail.at;
+  const F d = row_difference(load(x, tail), embedding, center, i);
+  const F g = gradient_of_z<kActivation>(load(grad_out, tail), d, load(factor + i), load(offset + i));
+  if (kept_in_grad_x<T, kActivation> && grad_x != nullptr) put(grad_x, g, tail);
+  store(sums.gradient + i, load(sums.gradient + i) + kept(g, tail));
+  store(sums.product + i, fma(kept(g, tail), kept(d, tail), load(sums.product + i)));
+  if (embedding != nullptr) store(sums.difference + i, load(sums.difference + i) + kept(d, tail));
+}
+
+template <class T, bool kActivation>
+DDPM_FAST_INLINE void gradient_row(const T* grad, const T* x, T* grad_x, int64_t n, RowCoefficients& k,
+                                   const float* slope, const float* constant) {
+  const float *const embedding = k.embedding(), *const center = k.center(), *const factor = k.factor();
+  const float* const offset = k.offset();
+  const bool has_tail = n % kLanes != 0;
+  const Tail tail = tail_of(n);
+  const F last = has_tail ? load(grad, tail) : splat(0.0f);
+  for (int64_t i = 0; i + kLanes <= n; i += kLanes)
+    put(grad_x + i, gradient_of_x<T, kActivation>(load(grad + i), row_difference(load(x + i), embedding, center, i),
+                                                    load(factor + i), load(offset + i), load(slope + i),
+                                                    load(constant + i)));
+  if (has_tail) {
+    const int64_t i = tail.at;
+    const F d = row_difference(load(x, tail), embedding, center, i);
+    put(grad_x,
+          gradient_of_x<T, kActivation>(last, d, load(factor + i), load(offset + i), load(slope + i),
+                                        load(constant + i)),
+          tail);
+  }
+}
+
+// ---- Parts of units, in either order ----
+
+// The sums of the unit's channels: with channels first, of channels begin .. end - 1 of the group; otherwise of all
+// channels of the sample, for each of the chunks begin .. end - 1.
+template <class T, bool kActivation>
+static void part_sums(const NormAct& op, const T* grad_out, const T* x, T* grad_x, int64_t unit, int64_t begin,
+                      int64_t end, const double* mean, const double* rstd, ChannelSums* sums) {
+  if (op.order == Order::kChannelsFirst) {
+    const Pieces pieces(1, op.pixels);
+    const Channels channels(op, unit / op.groups);
+    const int64_t channel = unit % op.groups * op.width();
+    for (int64_t c = begin; c < end; ++c) {
+      const ChannelCoefficients k = channels.coefficients(channel + c, *mean, *rstd);
+      sums[c] = {};
+      for (int64_t i = 0; i < pieces.count(); ++i) {
+        const int64_t at = c * op.pixels + pieces.pixel(i);
+        sums[c] += run_sums<T, kActivation>(grad_out + at, x + at, grad_x ? grad_x + at : nullptr, pieces.pixels(i), k,
+                                            op.embedding.data != nullptr);
+      }
+    }
+    return;
+  }
+  const Chunks chunks(op);
+  const int64_t row = chunks.row(), repeat = chunks.repeat();
+  RowCoefficients k(op, chunks, unit, mean, rstd);
+  RowBuffers<3> buffers(row);
+  const RowSums row_sums{buffers[0], buffers[1], buffers[2]};
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t first = chunks.pixel(i) * op.channels, size = chunks.pixels(i) * op.channels;
+    for (int sum = 0; sum < 3; ++sum) buffers.clear(sum);
+    for (int64_t at = first; at < first + size; at += row)
+      sum_row<T, kActivation>(grad_out + at, x + at, grad_x ? grad_x + at : nullptr, std::min(row, first + size - at),
+                              k, row_sums);
+    ChannelSums* const to = sums + i * op.channels;
+    for (int64_t c = 0; c < op.channels; ++c)
+      to[c] = {sum_of_channels(row_sums.gradient, repeat, op.channels, c, 1),
+               sum_of_channels(row_sums.product, repeat, op.channels, c, 1),
+               sum_of_channels(row_sums.difference, repeat, op.channels, c, 1)};
+  }
+}
+
+// Writes parts begin .. end - 1 of a unit of grad_x, the last first since they were read last; mean, rstd and along are those of the unit's groups.
+template <class T, bool kActivation>
+static void gradient_parts(const NormAct& op, const T* grad_out, const T* x, T* grad_x, int64_t unit, int64_t begin,
+                           int64_t end, const double* mean, const double* rstd, const Along* along) {
+  const T* const grad = kept_in_grad_x<T, kActivation> ? grad_x : grad_out;
+  if (op.order == Order::kChannelsFirst) {
+    const Channels channels(op, unit / op.groups);
+    const int64_t channel = unit % op.groups * op.width();
+    const GradientCoefficients g = gradient_coefficients(*mean, *rstd, *along);
+    for (int64_t c = begin; c < end; ++c) {
+      const ChannelCoefficients k = channels.coefficients(channel + c, *mean, *rstd);
+      const int64_t at = c * op.pixels;
+      gradient_run<T, kActivation>(grad + at, x + at, grad_x + at, op.pixels, k, g);
+    }
+    return;
+  }
+  const Chunks chunks(op);
+  const int64_t row = chunks.row();
+  RowCoefficients k(op, chunks, unit, mean, rstd);
+  RowBuffers<2> buffers(row);
+  float *const slope = buffers[0], *const constant = buffers[1];
+  for (int64_t c = 0; c < op.channels; ++c) {
+    const int64_t g = c / op.width();
+    const GradientCoefficients values = gradient_coefficients(mean[g], rstd[g], along[g]);
+    slope[c] = values.slope;
+    constant[c] = values.constant;
+  }
+  for (int i = 0; i < 2; ++i) repeat_row(buffers[i], chunks.repeat(), op.channels);
+  for (int64_t i = end - 1; i >= begin; --i) {
+    const int64_t first = chunks.pixel(i) * op.channels, size = chunks.pixels(i) * op.channels;
+    for (int64_t at = first; at < first + size; at += row)
+      gradient_row<T, kActivation>(grad + at, x + at, grad_x + at, std::min(row, first + size - at), k, slope,
+                                   constant);
+  }
+}
+
+template <class T>
+static void part_sums(const NormAct& op, const T* grad_out, const T* x, T* grad_x, int64_t unit, int64_t begin,
+                      int64_t end, const double* mean, const double* rstd, ChannelSums* sums) {
+  if (op.activation)
+    part_sums<T, true>(op, grad_out, x, grad_x, unit, begin, end, mean, rstd, sums);
+  else
+    part_sums<T, false>(op, grad_out, x, grad_x, unit, begin, end, mean, rstd, sums);
+}
+template <class T>
+static void gradient_parts(const NormAct& op, const T* grad_out, const T* x, T* grad_x, int64_t unit, int64_t begin,
+                           int64_t end, const double* mean, const double* rstd, const Along* along) {
+  if (op.activation)
+    gradient_parts<T, true>(op, grad_out, x, grad_x, unit, begin, end, mean, rstd, along);
+  else
+    gradient_parts<T, false>(op, grad_out, x, grad_x, unit, begin, end, mean, rstd, along);
+}
+
+}  // namespace DDPM_FAST_ISA
+}  // namespace ddpm_fast

@@ -1,0 +1,112 @@
+"""What accelerated code calls: a norm and what comes after it, in one pass or in the original steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from torch import nn
+from torch.nn.modules import module as _torch_module
+
+from .activations import is_silu_function, is_silu_module
+from .norms import FusedNorm
+from .patch import Accelerated
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether somebody looks at what goes into this module or comes out of it."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _torch_module._has_any_global_hook()
+    )
+
+
+def is_plain_sequential(module: Any) -> bool:
+    """Whether a module does what nn.Sequential does, and nothing more."""
+    if not isinstance(module, nn.Sequential) or "forward" in module.__dict__:
+        return False
+    return isinstance(module, FusedSequential) or type(module).forward is nn.Sequential.forward
+
+
+def run(modules: Sequence[nn.Module], x: Any) -> Any:
+    """One module after the other, a norm and the SiLU behind it in one pass."""
+    i = 0
+    while i < len(modules):
+        module = modules[i]
+        if i + 1 < len(modules) and isinstance(module, FusedNorm) and is_silu_module(modules[i + 1]):
+            x = norm_act(module, x, modules[i + 1])
+            i += 2
+        else:
+            x = module(x)
+            i += 1
+    return x
+
+
+class FusedSequential(Accelerated, nn.Sequential):
+    """nn.Sequential in which a norm and the SiLU behind it are one pass.
+
+    It looks at its modules in every forward. A slice of it is of its class, and so is right wherever it is cut: what
+    was cut off from its SiLU is a norm alone.
+    """
+
+    def forward(self, input: Any) -> Any:
+        return run(list(self), input)
+
+
+def norm_act(
+    norm: Any,
+    x: Any,
+    act: Any = None,
+    scale: Any = None,
+    shift: Any = None,
+    embedding: Any = None,
+) -> Any:
+    """`act(norm(x + embedding) * (1 + scale) + shift)`, in one pass where that changes nothing but the rounding.
+
+    Args:
+        norm: a module, called with one argument.
+        x: its input.
+        act: a module or a function, or None. A Sequential that starts with a SiLU is run as a whole.
+        scale, shift, embedding: whatever broadcasts; in one pass only where there is one for each channel.
+
+    The original steps are taken where a hook would miss a value, where a module has been replaced since, and for
+    whatever tensor the op does not take.
+    """
+    rest: list[nn.Module] = []
+    silu = act is not None
+    fusable = isinstance(norm, FusedNorm) and "forward" not in norm.__dict__ and not hooked(norm)
+    if fusable and silu:
+        if not isinstance(act, nn.Module):
+            fusable = is_silu_function(act)
+        else:
+            head = act
+            if is_plain_sequential(act):
+                head, *rest = cast(nn.Sequential, act)
+                fusable = not hooked(act)
+            fusable = fusable and is_silu_module(head) and "forward" not in head.__dict__ and not hooked(head)
+    if fusable:
+        y = norm.fused(x, silu, scale, shift, embedding)
+        if y is not None:
+            return run(rest, y) if rest else y
+    if embedding is not None:
+        x = x + embedding
+    y = norm(x)
+    if scale is not None:
+        y = y * (1 + scale)
+    if shift is not None:
+        y = y + shift
+    return act(y) if silu else y
+
+
+def embedded(sequential: Any, x: Any, embedding: Any) -> Any:
+    """`sequential(x + embedding)`, where the Sequential starts with a norm and a SiLU: the addition in their pass."""
+    if isinstance(sequential, FusedSequential) and len(sequential) > 1 and not hooked(sequential):
+        norm, act, *rest = sequential
+        if isinstance(norm, FusedNorm) and is_silu_module(act) and not hooked(norm) and not hooked(act):
+            y = norm.fused(x, True, embedding=embedding)
+            if y is not None:
+                return run(rest, y)
+    return sequential(x + embedding)

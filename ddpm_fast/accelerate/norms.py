@@ -1,0 +1,217 @@
+"""The norm modules: which there are in a model, which of them are GroupNorm, and their forward on the fused op."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from .. import backends
+from ..nn import GroupNormSiLU
+from ..ops import group_norm_silu
+from .activations import computes
+from .patch import Accelerated, mark, marked, original_class
+
+_TORCH_NORMS = (
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.LocalResponseNorm,
+    nn.CrossMapLRN2d,
+    nn.modules.batchnorm._NormBase,
+)
+
+# The devices whose autocast runs group_norm in float32. The CPU's does not.
+_AUTOCAST_TO_FLOAT32 = frozenset({"cuda", "xpu"})
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm: one of torch's, or one that is called so and has no norm inside it."""
+    if isinstance(module, _TORCH_NORMS):
+        return True
+    if isinstance(module, torch.jit.ScriptModule):
+        named = "norm" in str(getattr(module, "original_name", "")).lower()
+    else:
+        # The parametrizations of torch.nn.utils are modules called _WeightNorm and the like.
+        named = "norm" in original_class(module).__name__.lower() and not type(module).__module__.startswith(
+            "torch.nn.utils"
+        )
+    return named and not any(is_norm(child) for child in module.modules() if child is not module)
+
+
+def runs_fused(x: Tensor) -> bool:
+    """Whether a kernel takes this tensor. The reference backend serves only where it is asked for: it is no faster."""
+    return backends.choose(x) != "reference" or backends._forced == "reference"
+
+
+def autocast_dtype(device: str, dtype: torch.dtype, autocast: bool) -> torch.dtype:
+    """The dtype in which PyTorch's own group_norm runs, and which its result has."""
+    return torch.float32 if autocast and device in _AUTOCAST_TO_FLOAT32 and dtype in _HALF else dtype
+
+
+def _is_transformed() -> bool:
+    """Whether functorch or forward-mode differentiation is at work, which the op knows nothing of."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _rows(parameter: Any, x: Tensor) -> Tensor | None:
+    """A scale or shift as (N, C), if it is one for each channel of each sample and leaves the result x's dtype."""
+    if (
+        type(parameter) is not Tensor
+        or parameter.dim() != x.dim()
+        or parameter.shape[:2] != x.shape[:2]
+        or parameter.numel() != x.shape[0] * x.shape[1]
+        or parameter.device != x.device
+        or torch.promote_types(parameter.dtype, x.dtype) != x.dtype
+    ):
+        return None
+    return parameter.flatten(1).to(x.dtype)
+
+
+class FusedNorm(Accelerated, nn.GroupNorm):
+    """nn.GroupNorm, or a subclass of it that was found to compute the same, on the fused op."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs:
+            y = self.fused(args[0])
+            if y is not None:
+                return y
+        return super().forward(*args, **kwargs)
+
+    def fused(
+        self,
+        x: Tensor,
+        silu: bool = False,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        embedding: Tensor | None = None,
+    ) -> Tensor | None:
+        """`silu(norm(x + embedding) * (1 + scale) + shift)` in one pass, or None where that is not to be had."""
+        if type(x) is not Tensor and type(x) is not nn.Parameter:
+            return None  # another tensor type has its own idea of every operation
+        own = self.__dict__
+        dims = own.get("_ddpm_fast_dims")
+        if x.dim() < 2 or x.shape[1] != self.num_channels or (dims is not None and x.dim() not in dims):
+            return None
+        # One value a group, or none: what PyTorch makes of that is its own affair.
+        if x.numel() <= self.num_groups or not x.is_floating_point() or x.is_meta or not runs_fused(x):
+            return None
+        if _is_transformed():
+            return None
+        casts: bool = own.get("_ddpm_fast_casts", False)
+        if not casts and not x.is_cpu:
+            device = x.device.type
+            x = x.to(autocast_dtype(device, x.dtype, torch.is_autocast_enabled(device)))
+        weight, bias = self.weight, self.bias
+        for parameter in (weight, bias):
+            if parameter is None:
+                continue
+            if parameter.device != x.device or parameter.shape != (self.num_channels,):
+                return None
+            if parameter.dtype != x.dtype and not (parameter.dtype == torch.float32 and x.dtype in _HALF):
+                return None
+        inside: bool = own.get("_ddpm_fast_silu_inside", False)
+        modulated = scale is not None or shift is not None
+        if inside and (silu or modulated):
+            return None
+        if modulated or embedding is not None:
+            rows: list[Tensor | None] = []
+            for given in (scale, shift, embedding):
+                row = None if given is None else _rows(given, x)
+                if given is not None and row is None:
+                    return None
+                rows.append(row)
+            scale, shift, embedding = rows
+        return group_norm_silu(
+            x,
+            self.num_groups,
+            weight,
+            bias,
+            self.eps,
+            scale=scale,
+            shift=shift,
+            activation="silu" if silu or inside else None,
+            embedding=embedding,
+        )
+
+
+def _stand_in(norm: nn.GroupNorm) -> nn.GroupNorm:
+    """The norm with weights of our own on the CPU: zeros would hide what it computes, and so would a meta device."""
+    stand_in = norm.__class__.__new__(norm.__class__)
+    stand_in.__dict__ = norm.__dict__.copy()
+    generator = torch.Generator().manual_seed(0)
+    stand_in._parameters = {
+        name: p if p is None else nn.Parameter(torch.randn(norm.num_channels, generator=generator))
+        for name, p in norm._parameters.items()
+    }
+    return stand_in
+
+
+def why_not(norm: nn.Module) -> str | None:
+    """Why a norm module cannot run on the fused op; None if it can, which for a subclass of nn.GroupNorm is tried out.
+
+    A subclass may cast to float32 and back (openai's GroupNorm32) and apply SiLU itself (GLIDE's).
+    """
+    kind = type(norm).__name__
+    if isinstance(norm, torch.jit.ScriptModule):
+        return "scripted: its forward cannot be replaced"
+    if not isinstance(norm, nn.GroupNorm):
+        return f"{kind} is not a GroupNorm, and there is no fused op for it"
+    if "forward" in norm.__dict__:
+        return "its forward was replaced on the instance"
+    if not 0 < norm.eps < math.inf:
+        return f"eps is {norm.eps}: the fused op needs a positive one"
+    if set(norm._parameters) != {"weight", "bias"} or norm._buffers or norm._modules:
+        return "its weight or bias is not a plain parameter (parametrized or computed), or it has further state"
+    if type(norm).forward is nn.GroupNorm.forward:
+        return None
+    return _try_out(norm)
+
+
+def _try_out(norm: nn.GroupNorm) -> str | None:
+    stand_in = _stand_in(norm)
+    weight, bias = (None if p is None else p.detach() for p in (stand_in.weight, stand_in.bias))
+    generator = torch.Generator().manual_seed(1)
+    dims: dict[bool, list[int]] = {False: [], True: []}
+    for shape in [(2, norm.num_channels, *(3,) * spatial) for spatial in range(4)]:
+        probe = torch.randn(shape, generator=generator) * 2 + 1
+
+        def alone(x: Tensor) -> Tensor:
+            return F.group_norm(x, norm.num_groups, weight, bias, norm.eps)
+
+        for silu in (False, True):
+            if computes(stand_in.forward, (lambda x: F.silu(alone(x))) if silu else alone, probe):
+                dims[silu].append(probe.dim())
+    found = [silu for silu in (False, True) if dims[silu]]
+    if len(found) != 1:
+        return f"{type(norm).__name__} does not compute what nn.GroupNorm does"
+    (silu,) = found
+    mark(norm, "dims", tuple(dims[silu]))
+    mark(norm, "silu_inside", silu)
+    mark(norm, "casts", _casts(stand_in))
+    return None
+
+
+def _casts(norm: nn.GroupNorm) -> bool:
+    """Whether the norm computes in float32 and gives back its input's dtype, whatever that is."""
+    try:
+        with torch.no_grad():
+            return norm.forward(torch.randn(2, norm.num_channels, 3, 3, dtype=torch.float64)).dtype == torch.float64
+    except RuntimeError:  # as PyTorch's own, which does not mix dtypes
+        return False
+
+
+def has_silu_inside(norm: nn.Module) -> bool:
+    return bool(marked(norm, "silu_inside", False))
+
+
+def is_fused_already(module: nn.Module) -> bool:
+    """Whether a module is one of this package's own, on the fused op as it is."""
+    return type(module) is GroupNormSiLU

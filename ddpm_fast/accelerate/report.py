@@ -1,0 +1,70 @@
+"""What accelerate did with each norm of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from .norms import is_fused_already, is_norm
+from .patch import is_accelerated, mark, marked
+
+_UNTOUCHED = "accelerate() has not been applied"
+
+
+@dataclass
+class AccelerationReport:
+    """Every norm module of a model, by name; `print` shows it as a table.
+
+    Attributes:
+        fused: the names of those that run on the fused op.
+        skipped: the names of the others, and why.
+        patterns: for each name in `fused`, what runs in one pass with it.
+    """
+
+    fused: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    patterns: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        rows = [(name, "fused", self.patterns[name]) for name in self.fused]
+        rows += [(name, "skipped", reason) for name, reason in self.skipped.items()]
+        width = max([len("norm"), *(len(name) for name, _, _ in rows)])
+        lines = [f"{'norm':{width}}  {'':7}  in one pass, or why not"]
+        lines += [f"{name:{width}}  {state:7}  {text}" for name, state, text in rows]
+        return "\n".join([*lines, f"{len(self.fused)} fused, {len(self.skipped)} skipped"])
+
+
+def note_fused(norm: nn.Module, pattern: str) -> None:
+    mark(norm, "note", ("fused", pattern))
+
+
+def note_skipped(norm: nn.Module, reason: str) -> None:
+    mark(norm, "note", ("skipped", reason))
+
+
+def acceleration_report(model: nn.Module) -> AccelerationReport:
+    """What `accelerate` did with each norm of a model, or of a part or a wrapper of one.
+
+    Every norm module is in `.fused` or in `.skipped`, under the name that `named_modules` gives it; where
+    `accelerate` was not applied, all are skipped, and that is the reason.
+
+    Raises:
+        TypeError: if `model` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    report = AccelerationReport()
+    for name, module in model.named_modules():
+        if not is_norm(module):
+            continue
+        state, text = marked(module, "note", ("skipped", _UNTOUCHED))
+        if is_fused_already(module):
+            report.fused.append(name)
+            report.patterns[name] = "GroupNormSiLU of ddpm_fast, as it is"
+        elif state == "fused" and is_accelerated(module):
+            report.fused.append(name)
+            report.patterns[name] = text
+        else:
+            report.skipped[name] = text if state == "skipped" else _UNTOUCHED
+    return report

@@ -1,0 +1,221 @@
+"""``ddpm-fast doctor``: what is installed, and whether every op computes what it should on every backend."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import ddpm_fast
+from ddpm_fast import backends
+from ddpm_fast.backends.reference.random import philox
+from ddpm_fast.ops import denoise, group_norm_silu, q_sample, randn
+from ddpm_fast.schedule import NoiseSchedule
+from ddpm_fast.solvers import ddpm_table
+
+_SHAPE = (3, 6, 9, 7)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One op on one backend.
+
+    Attributes:
+        op, backend: their names.
+        error: the largest difference from float64, NaN where the op raised an exception.
+        allowed: the largest that is right.
+        problem: the exception's message.
+    """
+
+    op: str
+    backend: str
+    error: float
+    allowed: float
+    problem: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.allowed  # False for NaN
+
+
+def versions() -> list[tuple[str, str]]:
+    """Names and values for the report's first part."""
+    return [
+        ("ddpm_fast", ddpm_fast.__version__),
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("torch", str(torch.__version__)),
+        ("numpy", numpy.__version__),
+        ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors"),
+    ]
+
+
+def backend_states() -> list[tuple[str, str]]:
+    """Every backend: how it runs, or why it does not."""
+    states = [("reference", "available: plain PyTorch, the specification")]
+    if backends.cpu_missing is None:
+        from ddpm_fast import _C  # type: ignore[attr-defined, unused-ignore]
+
+        states.append(("cpu", f"available: C++ kernels for {_C.cpu_isa()}"))
+    else:
+        states.append(
+            ("cpu", f"missing: {backends.cpu_missing}; install a C++17 compiler (Debian: g++) and reinstall ddpm_fast")
+        )
+    return states
+
+
+def self_test() -> list[Result]:
+    """Run every op on every available backend. About a second."""
+    results = []
+    for op, (test, allowed) in _TESTS.items():
+        for backend in backends.available_backends():
+            try:
+                with backends.use_backend(backend):
+                    results.append(Result(op, backend, test(), allowed))
+            except Exception as error:  # a broken backend is what this command is there to report
+                results.append(Result(op, backend, math.nan, allowed, " ".join(str(error).split())))
+    return results
+
+
+def report(results: list[Result]) -> str:
+    """The versions, the backends and the self-test's table."""
+    lines = [f"{name:<11}{value}" for name, value in versions()]
+    lines += ["", "backends"]
+    lines += [f"  {name:<11}{state}" for name, state in backend_states()]
+    lines += ["", f"{'self-test':<25}{'backend':<11}{'error':>9}{'allowed':>9}"]
+    for result in results:
+        verdict = "ok" if result.passed else f"FAILED {result.problem}".rstrip()
+        lines.append(f"  {result.op:<23}{result.backend:<11}{result.error:>9.1e}{result.allowed:>9.0e}  {verdict}")
+    return "\n".join(lines)
+
+
+def _largest(result: Tensor, exact: Tensor) -> float:
+    return (result.double() - exact).abs().max().item()
+
+
+def _random() -> float:
+    """Against Box and Muller's transform of the same words in float64."""
+    seed = torch.tensor([0x0123456789ABCDEF])
+    blocks = torch.arange((math.prod(_SHAPE[1:]) + 3) // 4)
+    counter = (torch.arange(_SHAPE[0])[:, None], blocks, torch.tensor([[5]]), torch.tensor([[1]]))
+    r0, r1, r2, r3 = philox(counter, seed)
+    values = torch.stack([*_box_muller(r0, r1), *_box_muller(r2, r3)], dim=-1)
+    exact = values.reshape(_SHAPE[0], -1)[:, : math.prod(_SHAPE[1:])].reshape(_SHAPE)
+    return _largest(randn(_SHAPE, seed=seed, step=5), exact)
+
+
+def _box_muller(r0: Tensor, r1: Tensor) -> tuple[Tensor, Tensor]:
+    """Words 0 .. 2^32 - 1 as docs/noise.md reads them: a radius and sign from the first, an angle from the second."""
+    signed = torch.where(r0 >= 1 << 31, r0 - (1 << 32), r0).double()
+    radius = (-2 * (signed.abs() * 2.0**-31).clamp(min=2.0**-33).log()).sqrt()
+    half = (r1 << 1) & 0xFFFFFFFF
+    angle = torch.where(half >= 1 << 31, half - (1 << 32), half).double() * (2 * math.pi * 2.0**-34)
+    cosine, sine = torch.where(signed < 0, -angle.cos(), angle.cos()) * radius, angle.sin() * radius
+    swap = r1 >= 1 << 31
+    return torch.where(swap, sine, cosine), torch.where(swap, cosine, sine)
+
+
+def _noise(number: int, channels: int = _SHAPE[1]) -> Tensor:
+    return randn((_SHAPE[0], channels, *_SHAPE[2:]), seed=1, step=number)
+
+
+def _noising() -> float:
+    schedule, t = NoiseSchedule.linear(1000), torch.tensor([0, 500, 999])
+    x0 = _noise(0).clamp(-1, 1)
+    x_t, noise = q_sample(x0, t, schedule, seed=1)
+    signal, sigma = (
+        table[t].reshape(-1, 1, 1, 1)
+        for table in (schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod)
+    )
+    return _largest(x_t, signal * x0.double() + sigma * noise.double())
+
+
+def _denoise(variance: str) -> Callable[[], float]:
+    def test() -> float:
+        learned = variance != "fixed"
+        schedule = NoiseSchedule.linear(1000)
+        table = ddpm_table(schedule, variance="learned_range" if learned else "fixed_small", guidance_scale=1.5)
+        x_t, z = _noise(0), _noise(1)
+        output, unconditional = (_noise(n, _SHAPE[1] * (2 if learned else 1)).clamp(-1, 1) for n in (2, 3))
+        index = torch.tensor([400, 700, 990])
+        x_prev = denoise(
+            x_t,
+            output,
+            table.rows,
+            index,
+            variance=variance,
+            clip=(-1, 1),
+            unconditional=unconditional,
+            noise=z,
+        )
+        rows = [column.reshape(-1, 1, 1, 1) for column in table.rows64[index].unbind(1)]
+        x0_from_x, x0_from_e, mean_from_x0, mean_from_x, sigma, log_min, log_max, scale = rows
+        c, u = output.double()[:, : _SHAPE[1]], unconditional.double()[:, : _SHAPE[1]]
+        x0 = (x0_from_x * x_t.double() - x0_from_e * (u + scale * (c - u))).clamp(-1, 1)
+        if learned:
+            fraction = (output.double()[:, _SHAPE[1] :] + 1) / 2
+            sigma = sigma * (0.5 * (fraction * log_max + (1 - fraction) * log_min)).exp()
+        return _largest(x_prev, mean_from_x0 * x0 + mean_from_x * x_t.double() + sigma * z.double())
+
+    return test
+
+
+def _norm_inputs(dtype: torch.dtype) -> dict[str, Tensor]:
+    rows = randn((_SHAPE[0], 3 * _SHAPE[1]), seed=2).to(dtype)
+    weight, bias = randn((2, _SHAPE[1]), seed=3).to(dtype)
+    scale, shift, embedding = rows.chunk(3, dim=1)
+    inputs = {"x": _noise(4).to(dtype), "weight": weight, "bias": bias, "scale": scale, "shift": shift}
+    return {name: tensor.clone().requires_grad_() for name, tensor in (inputs | {"embedding": embedding}).items()}
+
+
+def _norm(x: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    return group_norm_silu(
+        x,
+        2,
+        inputs["weight"],
+        inputs["bias"],
+        scale=inputs["scale"],
+        shift=inputs["shift"],
+        embedding=inputs["embedding"],
+    )
+
+
+def _norm_exact(inputs: dict[str, Tensor]) -> Tensor:
+    scale, shift, embedding = (inputs[name][:, :, None, None] for name in ("scale", "shift", "embedding"))
+    y = F.group_norm(inputs["x"] + embedding, 2, inputs["weight"], inputs["bias"])
+    return F.silu(y * (1 + scale) + shift)
+
+
+def _norm_act(memory_format: torch.memory_format) -> Callable[[], float]:
+    def test() -> float:
+        inputs, exact = _norm_inputs(torch.float32), _norm_exact(_norm_inputs(torch.float64))
+        x = inputs["x"].contiguous(memory_format=memory_format)
+        with torch.no_grad():
+            return _largest(_norm(x, inputs), exact.detach())
+
+    return test
+
+
+def _norm_act_backward() -> float:
+    inputs, exact = _norm_inputs(torch.float32), _norm_inputs(torch.float64)
+    gradients = torch.autograd.grad(_norm(inputs["x"], inputs), list(inputs.values()), _noise(5))
+    expected = torch.autograd.grad(_norm_exact(exact), list(exact.values()), _noise(5).double())
+    return max(_largest(g, e) for g, e in zip(gradients, expected, strict=True))
+
+
+# A few units in the last place of the largest values that come up: about 10, and 50 for the gradients.
+_TESTS: dict[str, tuple[Callable[[], float], float]] = {
+    "random": (_random, 2e-6),
+    "noising": (_noising, 2e-6),
+    "denoise": (_denoise("fixed"), 5e-6),
+    "denoise learned": (_denoise("learned_range"), 5e-6),
+    "norm_act": (_norm_act(torch.contiguous_format), 5e-6),
+    "norm_act channels_last": (_norm_act(torch.channels_last), 5e-6),
+    "norm_act backward": (_norm_act_backward, 2e-5),
+}

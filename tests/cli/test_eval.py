@@ -1,0 +1,86 @@
+"""`ddpm-fast eval`: samples of a checkpoint, or of a folder, beside real images and noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddpm_fast.cli import evaluate
+from ddpm_fast.training import load_dataset
+
+from .conftest import Outcome
+
+Cli = Callable[..., Outcome]
+
+
+def test_samples_drawn_and_samples_read_score_the_same(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    options = ["-n", 12, "--seed", 1, "--steps", 3, "--checkpoint", checkpoint]
+    drawn = cli("eval", "--dataset", "digits", *options)
+    assert drawn.status == 0
+    rows = [line.split() for line in drawn.out.splitlines()]
+    assert [row[:2] for row in rows[1:4]] == [["real", "test"], ["samples", "12"], ["pure", "noise"]]
+    assert cli("sample", *options, "--out", tmp_path / "s").status == 0
+    read = cli("eval", "--dataset", "digits", "--samples", tmp_path / "s", "--seed", 1)
+    assert read == drawn
+
+
+def test_digits_are_split(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    train, test = evaluate.real_images("digits", None)
+    images, labels = load_dataset("digits")
+    assert labels is not None
+    assert train.labels is not None
+    assert test.labels is not None
+    assert len(test.images) == 360
+    assert torch.equal(torch.cat([train.images, test.images]), images)
+    assert torch.equal(torch.cat([train.labels, test.labels]), labels)
+
+
+def test_the_shards_are_read_in_order(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    common = ["sample", "-n", 7, "--steps", 2, "--micro-batch", 3, "--format", "npy", "--checkpoint", checkpoint]
+    assert cli(*common, "--out", tmp_path / "s").status == 0
+    x = evaluate.read_samples(tmp_path / "s")
+    assert (x.shape, x.dtype) == ((7, 1, 8, 8), torch.float32)
+    (tmp_path / "s" / "samples-00003.npy").unlink()
+    done = cli("eval", "--dataset", "digits", "--samples", tmp_path / "s")
+    assert done.status == 2
+    assert "samples-00003.npy is missing" in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--dataset fashion-mnist needs --data"),
+        (["--data", "nowhere"], "nowhere"),
+        (["--dataset", "folder", "--data", "."], "eval needs images with labels"),
+        (["--dataset", "digits", "--samples", "nowhere"], "holds no manifest.json"),
+        (["--dataset", "digits", "--checkpoint", "nowhere"], "nowhere"),
+    ],
+    ids=lambda value: " ".join(value) or "nothing" if isinstance(value, list) else "",
+)
+def test_wrong_input_is_one_line_and_status_2(cli: Cli, arguments: list[str], message: str) -> None:
+    done = cli("eval", *arguments)
+    assert (done.status, done.out) == (2, "")
+    assert message in done.err
+    assert done.err.count("\n") == 1
+
+
+def test_pictures_are_no_samples(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    common = ["sample", "-n", 2, "--steps", 2, "--checkpoint", checkpoint, "--out", tmp_path / "s"]
+    assert cli(*common, "--format", "png").status == 0
+    done = cli("eval", "--dataset", "digits", "--samples", tmp_path / "s")
+    assert done.status == 2
+    assert "holds PNG files" in done.err
+
+
+def test_samples_of_another_shape_are_refused(cli: Cli, tmp_path: Path, checkpoint: Path) -> None:
+    from .conftest import write_checkpoint
+
+    path = write_checkpoint(tmp_path / "rgb.safetensors", in_channels=3)
+    done = cli("eval", "--dataset", "digits", "-n", 2, "--steps", 2, "--checkpoint", path)
+    assert done.status == 2
+    assert "samples must be uint8 (N, C, H, W) like the training images" in done.err

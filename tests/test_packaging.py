@@ -1,0 +1,221 @@
+"""What is installed and how: builds with and without a compiler, the portable build, the documents' code."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import ddpm_fast as df
+
+ROOT = Path(df.__file__).parent.parent
+
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the source tree")
+
+# One line an op: a digest of its results.
+RESULTS = """
+import hashlib
+import torch
+import ddpm_fast as df
+from ddpm_fast import _C
+from ddpm_fast.ops import denoise
+from ddpm_fast.solvers import ddpm_table
+
+def show(name, *tensors):
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    print(name, digest.hexdigest())
+
+print("isa", _C.cpu_isa())
+layouts = (torch.contiguous_format, torch.channels_last)
+noise = lambda n, c=6: df.randn((3, c, 19, 23), seed=n)
+for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    show(f"random {dtype}", *(df.randn((3, 5, 61, 67), seed=1, dtype=dtype, memory_format=f) for f in layouts))
+    schedule = df.NoiseSchedule.linear(1000)
+    t = torch.tensor([0, 400, 999])
+    show(f"noising {dtype}", *df.q_sample(noise(2).to(dtype), t, schedule, seed=3))
+    for variance, table in (("fixed", "fixed_small"), ("learned_range", "learned_range")):
+        rows = ddpm_table(schedule, variance=table, guidance_scale=2.0).rows
+        channels = 6 if variance == "fixed" else 12
+        outputs = noise(4, channels).to(dtype), noise(5, channels).to(dtype)
+        show(
+            f"denoise {variance} {dtype}",
+            *(
+                denoise(noise(6).contiguous(memory_format=f), outputs[0], rows, t, variance=variance, clip=(-1, 1),
+                        unconditional=outputs[1], seed=7)
+                for f in layouts
+            ),
+        )
+    scale, shift = df.randn((3, 12), seed=8).to(dtype).chunk(2, 1)
+    for f in layouts:
+        x = (3 * noise(9)).to(dtype).contiguous(memory_format=f).requires_grad_()
+        y = df.group_norm_silu(x, 3, scale=scale, shift=shift)
+        y.backward(noise(10).to(dtype))
+        show(f"norm_act {dtype} {f}", y, x.grad)
+"""
+
+
+def setup(target: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`setup.py build_ext` into a folder, which then gets the Python files too."""
+    command = ["setup.py", "build_ext", "--build-lib", str(target), "--build-temp", str(target / "objects")]
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**os.environ, "MAX_JOBS": "2", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    files = shutil.ignore_patterns("_C*", "__pycache__")
+    shutil.copytree(ROOT / "ddpm_fast", target / "ddpm_fast", ignore=files, dirs_exist_ok=True)
+    return done
+
+
+def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python with the package that lies in a folder."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_the_portable_build_gives_the_same_bits(tmp_path: Path) -> None:
+    done = setup(tmp_path, DDPM_FAST_GENERIC="1")
+    assert (tmp_path / "ddpm_fast" / "_C.abi3.so").is_file(), done.stdout + done.stderr
+    built, installed = python(tmp_path, "-c", RESULTS), python(ROOT, "-c", RESULTS)
+    assert built.returncode == 0, built.stderr
+    assert installed.returncode == 0, installed.stderr
+    portable, own = (dict(line.rsplit(" ", 1) for line in run.stdout.splitlines()) for run in (built, installed))
+    assert portable.pop("isa") == "generic"
+    own.pop("isa")
+    assert len(own) == 18
+    assert portable == own
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"CXX": "/bin/false"}, "the CPU extension was not built"),
+        ({"DDPM_FAST_NO_EXTENSION": "1"}, ""),
+    ],
+    ids=["failing compiler", "no extension wanted"],
+)
+def test_without_an_extension_the_package_works_and_says_so_once(
+    tmp_path: Path, environment: dict[str, str], message: str
+) -> None:
+    done = setup(tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
+    assert message in done.stderr
+    assert ("install a C++17 compiler" in done.stderr) == bool(message)
+    assert not list((tmp_path / "ddpm_fast").glob("_C*"))
+
+    used = python(
+        tmp_path,
+        "-c",
+        "import ddpm_fast as df, ddpm_fast.cli; df.randn((2, 3)); print(df.available_backends())",
+    )
+    assert used.returncode == 0, used.stderr
+    assert used.stdout == "['reference']\n"
+    assert used.stderr.count("RuntimeWarning") == 1
+    assert "No module named 'ddpm_fast._C'. To build them, install a C++17 compiler" in used.stderr
+
+    doctor = python(tmp_path, "-m", "ddpm_fast", "doctor")
+    assert doctor.returncode == 0, doctor.stderr
+    assert "cpu        missing: No module named 'ddpm_fast._C'" in doctor.stdout
+
+
+def test_the_sdist_holds_what_the_build_needs(tmp_path: Path) -> None:
+    tracked = ["setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile"]
+    for name in tracked:
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("csrc", "ddpm_fast"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    command = [sys.executable, "setup.py", "-q", "sdist"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, env=dict(os.environ))
+    (archive,) = (tmp_path / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
+    needed = [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    assert any(name.endswith("philox.h") for name in needed)
+    assert {*needed, *tracked, "ddpm_fast/py.typed", "ddpm_fast/__main__.py"} <= names
+
+
+def test_the_versions_agree() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    assert re.search(r'^version = "(.*)"$', text, re.MULTILINE)[1] == df.__version__  # type: ignore[index]
+
+
+def test_torch_is_not_replaced_by_an_extra() -> None:
+    """An extra that names torch, or something that brings torchvision along, could install another build of it."""
+    text = (ROOT / "pyproject.toml").read_text()
+    extras = text.split("[project.optional-dependencies]")[1].split("\n[")[0]
+    assert "diffusers" in extras
+    assert not re.search(r'"(torch|torchvision|accelerate|denoising-diffusion-pytorch)\b', extras)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("target", ["demo", "test", "bench", "lint", "clean"])
+def test_make_knows_its_targets(target: str) -> None:
+    command = ["make", "--dry-run", "--always-make", target, "PYTHON=python9", "TORCH=torch==2.99"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    if target != "clean":
+        assert "python9 -m venv .venv" in done.stdout
+        assert all("torch==2.99" in line or "--no-deps" in line for line in re.findall("pip .*", done.stdout))
+
+
+def blocks(document: str) -> list[str]:
+    """The Python code in a document."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+
+
+def test_the_readmes_code_runs() -> None:
+    namespace: dict[str, object] = {"torch": torch, "model": lambda x, t: 0.1 * x}
+    for code in blocks("README.md"):
+        exec(code, namespace)
+        for name in {"x", "one", "x_prev"} & namespace.keys():
+            value = namespace[name]
+            assert isinstance(value, torch.Tensor)
+            assert torch.isfinite(value).all()
+    assert isinstance(namespace["x_prev"], torch.Tensor)
+
+
+def test_the_readmes_plain_loop_is_what_the_sampler_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same noise in both: torch.randn gives x_T and torch.randn_like the noise of the steps in turn."""
+    steps = iter(range(1000))
+    monkeypatch.setattr(torch, "randn", lambda *shape: df.randn(shape, seed=0, stream="x_T"))
+    monkeypatch.setattr(torch, "randn_like", lambda x: df.randn(x.shape, seed=0, step=next(steps)))
+    namespace: dict[str, torch.Tensor] = {"torch": torch, "model": lambda x, t: 0.1 * x}  # type: ignore[dict-item]
+    plain, fast = blocks("README.md")[:2]
+    exec(plain, namespace)
+    expected = namespace["x"]
+    exec(fast, namespace)
+    # The loop works on float32 tables, whose cancellation near t = 0 costs it the last digits.
+    assert (namespace["x"] - expected).abs().max() < 1e-3
+
+
+def test_documents_link_to_what_exists() -> None:
+    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    assert len(documents) >= 6
+    for document in documents:
+        text = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
+        for link in re.findall(r"\]\(([^)#]+)\)", text):
+            if "://" not in link:
+                assert (document.parent / link).exists(), f"{document.name} links to {link}"
+
+
+def test_the_licence_is_apache() -> None:
+    assert "Apache License\n                           Version 2.0" in (ROOT / "LICENSE").read_text()
