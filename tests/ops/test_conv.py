@@ -144,7 +144,7 @@ def test_strict_errs_much_less_than_torch(case: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("tile", TILES, ids=lambda t: f"{t[0]}x{t[1]}")
-def test_a_sample_has_its_bits_in_any_batch_and_with_any_threads(tile: tuple[int, int], threads: None) -> None:
+def test_a_sample_has_its_bits_in_any_batch_and_with_any_threads(tile: tuple[int, int]) -> None:
     for shape in ((5, 24, 40, 13, 9), (3, 144, 100, 8, 8), (5, 48, 24, 28, 28)):
         x, weight, bias, residual = layer(*shape)
         torch.set_num_threads(1)
