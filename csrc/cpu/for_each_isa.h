@@ -56,10 +56,10 @@ using Half = c10::Half;
 #undef DDPM_FAST_EACH
 
 #if DDPM_FAST_X86
-#define DDPM_FAST_DISPATCH(f)                                                  \
-  (::ddpm_fast::isa() == ::ddpm_fast::Isa::kAvx512 ? ::ddpm_fast::avx512::f    \
-   : ::ddpm_fast::isa() == ::ddpm_fast::Isa::kAvx2 ? ::ddpm_fast::avx2::f      \
-                                                   : ::ddpm_fast::generic::f)
+#define DDPM_FAST_DISPATCH(...)                                                        \
+  (::ddpm_fast::isa() == ::ddpm_fast::Isa::kAvx512 ? ::ddpm_fast::avx512::__VA_ARGS__  \
+   : ::ddpm_fast::isa() == ::ddpm_fast::Isa::kAvx2 ? ::ddpm_fast::avx2::__VA_ARGS__    \
+                                                   : ::ddpm_fast::generic::__VA_ARGS__)
 #else
-#define DDPM_FAST_DISPATCH(f) (::ddpm_fast::generic::f)
+#define DDPM_FAST_DISPATCH(...) (::ddpm_fast::generic::__VA_ARGS__)
 #endif

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from .conv import Conv3x3
 from .embedding import timestep_embedding
 from .group_norm_silu import EagerGroupNormSiLU, GroupNormSiLU, eager_copy
 from .unet import UNet, UNetConfig
 
-__all__ = ["EagerGroupNormSiLU", "GroupNormSiLU", "UNet", "UNetConfig", "eager_copy", "timestep_embedding"]
+__all__ = [
+    "Conv3x3",
+    "EagerGroupNormSiLU",
+    "GroupNormSiLU",
+    "UNet",
+    "UNetConfig",
+    "eager_copy",
+    "timestep_embedding",
+]

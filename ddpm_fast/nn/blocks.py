@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .conv import Conv3x3
 from .group_norm_silu import GroupNormSiLU
 
+Layer = TypeVar("Layer", nn.Conv2d, nn.Linear, Conv3x3)
 
-def zero_init(module: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
+
+def zero_init(module: Layer) -> Layer:
     """Set weight and bias to zero, so that a residual branch starts as the identity."""
     nn.init.zeros_(module.weight)
     if module.bias is not None:
@@ -41,11 +46,11 @@ class ResBlock(nn.Module):
         super().__init__()
         self.scale_shift = time_embedding == "scale_shift"
         self.norm1 = GroupNormSiLU(num_groups, in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3x3(in_channels, out_channels)
         self.embedding = nn.Linear(embedding_dim, 2 * out_channels if self.scale_shift else out_channels)
         self.norm2 = GroupNormSiLU(num_groups, out_channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv2 = zero_init(Conv3x3(out_channels, out_channels))
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
@@ -57,7 +62,10 @@ class ResBlock(nn.Module):
             h = self.norm2(h, scale=scale, shift=shift)
         else:
             h = self.norm2(h, embedding=e)
-        h = self.conv2(self.dropout(h))
+        h = self.dropout(h)
+        if self.conv2.plan(h).tile is not None:
+            return self.conv2(h, self.skip(x))  # type: ignore[no-any-return]
+        h = self.conv2(h)
         return self.skip(x) + h  # type: ignore[no-any-return]
 
 
@@ -98,7 +106,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # type: ignore[no-any-return]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import group_norm_silu
+from .conv import Conv3x3
 
 _ACTIVATIONS = ("silu", None)
 
@@ -92,7 +93,7 @@ class EagerGroupNormSiLU(GroupNormSiLU):
 
 
 def eager_copy(model: nn.Module) -> nn.Module:
-    """A deep copy of ``model`` in which every :class:`GroupNormSiLU` runs as separate PyTorch operations.
+    """A deep copy of ``model`` in which every :class:`GroupNormSiLU` and :class:`Conv3x3` runs on PyTorch's operations.
 
     The baseline of the demo and of the benchmarks: the same parameters, outputs equal up to rounding.
     """
@@ -101,4 +102,6 @@ def eager_copy(model: nn.Module) -> nn.Module:
         if type(module) is GroupNormSiLU:
             # Same fields, other forward: nothing has to be rebuilt or found again by name.
             module.__class__ = EagerGroupNormSiLU
+        elif isinstance(module, Conv3x3):
+            module.mode = "torch"
     return twin

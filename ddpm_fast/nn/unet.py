@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.conv import MODES
 from .blocks import Downsample, ResBlock, SelfAttention, Upsample, zero_init
+from .conv import Conv3x3
 from .embedding import timestep_embedding
 from .group_norm_silu import GroupNormSiLU
 
@@ -157,7 +159,7 @@ class UNet(nn.Module):
         last_level = len(widths) - 1
         channels = config.base_channels
         skips = [channels]
-        self.conv_in = nn.Conv2d(config.in_channels, channels, 3, padding=1)
+        self.conv_in = Conv3x3(config.in_channels, channels)
         self.down = nn.ModuleList()
         for level, width in enumerate(widths):
             for _ in range(config.num_res_blocks):
@@ -185,7 +187,7 @@ class UNet(nn.Module):
                 self.up.append(nn.ModuleList(layers))
 
         self.norm_out = GroupNormSiLU(config.num_groups, channels)
-        self.conv_out = zero_init(nn.Conv2d(channels, config.output_channels, 3, padding=1))
+        self.conv_out = zero_init(Conv3x3(channels, config.output_channels))
         self._memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.to(memory_format=self._memory_format)  # type: ignore[call-overload]
 
@@ -193,6 +195,23 @@ class UNet(nn.Module):
     def dtype(self) -> torch.dtype:
         """The dtype the network computes in: its weights'."""
         return self.conv_in.weight.dtype
+
+    def set_conv_mode(self, mode: str) -> None:
+        """Choose how the 3x3 convolutions are computed where no gradient is needed.
+
+        A choice of the moment: neither the state dict nor the config carries it.
+
+        Args:
+            mode: ``"exact"`` (the default), ``"strict"``, ``"fast"`` or ``"torch"``, see :func:`ddpm_fast.conv3x3`.
+
+        Raises:
+            ValueError: for another mode.
+        """
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
+        for module in self.modules():
+            if isinstance(module, Conv3x3):
+                module.mode = mode
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Predict from noisy images.

@@ -1,0 +1,301 @@
+namespace ddpm_fast {
+namespace DDPM_FAST_ISA {
+
+// The loops over registers have to be unrolled whole, or the registers become memory; arrays are memory anyway.
+#if defined(DDPM_FAST_ISA_AVX512) || defined(DDPM_FAST_ISA_AVX2)
+#define DDPM_FAST_UNROLL _Pragma("GCC unroll 16")
+#else
+#define DDPM_FAST_UNROLL _Pragma("GCC unroll 1")
+#endif
+
+// The matrix kernel's tile: kRows pixels' tiles by kVectors vectors of output channels, all of it in registers.
+#if defined(DDPM_FAST_ISA_AVX512)
+constexpr int kRows = 14, kVectors = 2;
+#elif defined(DDPM_FAST_ISA_AVX2)
+constexpr int kRows = 6, kVectors = 1;
+#else
+constexpr int kRows = 4, kVectors = 1;
+#endif
+
+// Up to fifteen lanes without a detour through memory, which would cost more than the arithmetic.
+#if defined(DDPM_FAST_ISA_AVX512)
+DDPM_FAST_INLINE F load_some(const float* p, int n) {
+  return {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p)};
+}
+DDPM_FAST_INLINE void store_some(float* p, F x, int n) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), x.v);
+}
+#elif defined(DDPM_FAST_ISA_AVX2)
+DDPM_FAST_INLINE __m256i first_lanes(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+DDPM_FAST_INLINE F load_some(const float* p, int n) {
+  return {_mm256_maskload_ps(p, first_lanes(n)),
+          n > 8 ? _mm256_maskload_ps(p + 8, first_lanes(n - 8)) : _mm256_setzero_ps()};
+}
+DDPM_FAST_INLINE void store_some(float* p, F x, int n) {
+  _mm256_maskstore_ps(p, first_lanes(n), x.a);
+  if (n > 8) _mm256_maskstore_ps(p + 8, first_lanes(n - 8), x.b);
+}
+#else
+DDPM_FAST_INLINE F load_some(const float* p, int n) { return load(p, n); }
+DDPM_FAST_INLINE void store_some(float* p, F x, int n) { store(p, x, n); }
+#endif
+template <bool whole> DDPM_FAST_INLINE F load_vector(const float* p, int n) {
+  if constexpr (whole) return load(p);
+  else return n == kLanes ? load(p) : load_some(p, n);
+}
+template <bool whole> DDPM_FAST_INLINE void store_vector(float* p, F x, int n) {
+  if constexpr (whole) store(p, x);
+  else if (n == kLanes) store(p, x);
+  else store_some(p, x, n);
+}
+
+// The one-dimensional transforms of F(m, 3), m + 2 inputs to m outputs (Winograd 1980; Lavin and Gray 2016). A tile's
+// transform is one along its height and one along its width, not always of the same m.
+template <int m> struct Winograd;
+
+// Points 0, 1, -1, infinity.
+template <> struct Winograd<2> {
+  DDPM_FAST_INLINE void input(const F* d, F* v) {
+    v[0] = d[0] - d[2];
+    v[1] = d[1] + d[2];
+    v[2] = d[2] - d[1];
+    v[3] = d[1] - d[3];
+  }
+  DDPM_FAST_INLINE void weight(const F* g, F* u) {
+    const F half = splat(0.5f), even = g[0] + g[2];
+    u[0] = g[0];
+    u[1] = half * (even + g[1]);
+    u[2] = half * (even - g[1]);
+    u[3] = g[2];
+  }
+  DDPM_FAST_INLINE void output(const F* m, F* y) {
+    y[0] = (m[0] + m[1]) + m[2];
+    y[1] = (m[1] - m[2]) - m[3];
+  }
+};
+
+// Points 0, +-a, +-b, infinity with a = 1/sqrt(2) and b = sqrt(2). Their squares are exact, their product is 1, and
+// rounding errors grow half as much as with 0, +-1, +-2. The factors 1 / prod (p - q) are in the output transform,
+// where they cost nothing: the weights are then transformed with two roundings a dimension.
+template <> struct Winograd<4> {
+  static constexpr double kA = 0.70710678118654752440, kB = 1.41421356237309504880;
+  static constexpr float a = static_cast<float>(kA), b = static_cast<float>(kB);
+
+  DDPM_FAST_INLINE void input(const F* d, F* v) {
+    const F even_a = fma(splat(-2.0f), d[2], d[4]), odd_a = fma(splat(-2.0f), d[1], d[3]);
+    const F even_b = fma(splat(-0.5f), d[2], d[4]), odd_b = fma(splat(-0.5f), d[1], d[3]);
+    v[0] = fma(splat(-2.5f), d[2], d[0] + d[4]);
+    v[1] = fma(splat(a), odd_a, even_a);
+    v[2] = fma(splat(-a), odd_a, even_a);
+    v[3] = fma(splat(b), odd_b, even_b);
+    v[4] = fma(splat(-b), odd_b, even_b);
+    v[5] = fma(splat(-2.5f), d[3], d[1] + d[5]);
+  }
+  DDPM_FAST_INLINE void weight(const F* g, F* u) {
+    const F even_a = fma(splat(0.5f), g[2], g[0]), even_b = fma(splat(2.0f), g[2], g[0]);
+    u[0] = g[0];
+    u[1] = fma(splat(a), g[1], even_a);
+    u[2] = fma(splat(-a), g[1], even_a);
+    u[3] = fma(splat(b), g[1], even_b);
+    u[4] = fma(splat(-b), g[1], even_b);
+    u[5] = g[2];
+  }
+  DDPM_FAST_INLINE void output(const F* m, F* y) {
+    constexpr double ca = -2.0 / 3, cb = 1.0 / 6;
+    const F even_a = m[1] + m[2], odd_a = m[1] - m[2], even_b = m[3] + m[4], odd_b = m[3] - m[4];
+    y[0] = fma(splat(static_cast<float>(cb)), even_b, fma(splat(static_cast<float>(ca)), even_a, m[0]));
+    y[1] = fma(splat(static_cast<float>(kB * cb)), odd_b, splat(static_cast<float>(kA * ca)) * odd_a);
+    y[2] = splat(static_cast<float>(2 * cb)) * (even_b - even_a);  // b^2 cb = 1/3 = -a^2 ca
+    y[3] = fma(splat(static_cast<float>(2 * kB * cb)), odd_b,
+               fma(splat(static_cast<float>(0.5 * kA * ca)), odd_a, m[5]));
+  }
+};
+
+// One tile of sixteen channels, source[i * tx + j] being where row i, column j of the image begins.
+template <int my, int mx, bool whole>
+DDPM_FAST_INLINE void input_tile(const float* const* source, int64_t channel, int lanes, float* v, int64_t plane) {
+  constexpr int ty = my + 2, tx = mx + 2;
+  F rows[ty][tx];
+  DDPM_FAST_UNROLL for (int j = 0; j < tx; ++j) {
+    F d[ty], r[ty];
+    DDPM_FAST_UNROLL for (int i = 0; i < ty; ++i) d[i] = load_vector<whole>(source[i * tx + j] + channel, lanes);
+    Winograd<my>::input(d, r);
+    DDPM_FAST_UNROLL for (int i = 0; i < ty; ++i) rows[i][j] = r[i];
+  }
+  DDPM_FAST_UNROLL for (int i = 0; i < ty; ++i) {
+    F r[tx];
+    Winograd<mx>::input(rows[i], r);
+    DDPM_FAST_UNROLL for (int j = 0; j < tx; ++j) store(v + (i * tx + j) * plane, r[j]);
+  }
+}
+
+// Transforms the tiles begin .. end of a block of `tiles` that starts with tile `first`. v holds, plane by plane,
+// chunks of sixteen channels of all the tiles: the matrix kernel then walks along with one pointer, fixed distances.
+template <int my, int mx>
+static void transform_input(const Conv& conv, int64_t first, int64_t begin, int64_t end, float* v, int64_t tiles,
+                            int64_t plane) {
+  constexpr int ty = my + 2, tx = mx + 2;
+  const int64_t whole_channels = conv.channels / kLanes * kLanes;
+  const int rest = static_cast<int>(conv.channels - whole_channels);
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t tile = first + row, sample = tile / conv.tiles_per_sample;
+    const int64_t in_sample = tile % conv.tiles_per_sample;
+    const int64_t y0 = in_sample / conv.tiles_x * my - 1, x0 = in_sample % conv.tiles_x * mx - 1;
+    const float* source[ty * tx];
+    for (int i = 0; i < ty; ++i)
+      for (int j = 0; j < tx; ++j) {
+        const int64_t y = y0 + i, x = x0 + j;
+        const bool inside = 0 <= y && y < conv.height && 0 <= x && x < conv.width;
+        source[i * tx + j] =
+            inside ? conv.x + ((sample * conv.height + y) * conv.width + x) * conv.channels : conv.zeros;
+      }
+    float* target = v + row * kLanes;
+    for (int64_t c = 0; c < whole_channels; c += kLanes, target += tiles * kLanes)
+      input_tile<my, mx, true>(source, c, kLanes, target, plane);
+    if (rest) input_tile<my, mx, false>(source, whole_channels, rest, target, plane);
+  }
+}
+
+// m[rows][width] (+)= a * b, the products summed in blocks of `block` channels, each block from zero.
+template <int rows, int vectors, int width>
+static void multiply(const float* a, int64_t chunk, const float* b, int64_t channels, int64_t block, float* m,
+                     bool add) {
+  while (channels > 0) {
+    int64_t left = std::min(block, channels);
+    channels -= left;
+    F sum[rows][vectors];
+    DDPM_FAST_UNROLL for (int r = 0; r < rows; ++r)
+      DDPM_FAST_UNROLL for (int i = 0; i < vectors; ++i) sum[r][i] = splat(0.0f);
+    for (; left > 0; left -= kLanes, a += chunk) {
+      const int steps = static_cast<int>(std::min<int64_t>(left, kLanes));
+      for (int k = 0; k < steps; k += 4) {
+        DDPM_FAST_UNROLL for (int kk = 0; kk < 4; ++kk) {
+          F bs[vectors];
+          DDPM_FAST_UNROLL for (int i = 0; i < vectors; ++i) bs[i] = load(b + kk * width + i * kLanes);
+          DDPM_FAST_UNROLL for (int r = 0; r < rows; ++r) {
+            const F as = splat(a[r * kLanes + k + kk]);
+            DDPM_FAST_UNROLL for (int i = 0; i < vectors; ++i) sum[r][i] = fma(as, bs[i], sum[r][i]);
+          }
+        }
+        b += 4 * width;
+      }
+    }
+    DDPM_FAST_UNROLL for (int r = 0; r < rows; ++r)
+      DDPM_FAST_UNROLL for (int i = 0; i < vectors; ++i) {
+        float* target = m + r * width + i * kLanes;
+        store(target, add ? load(target) + sum[r][i] : sum[r][i]);
+      }
+    add = true;
+  }
+}
+
+template <int rows, int vectors, int width>
+DDPM_FAST_INLINE void multiply_rows(int count, const float* a, int64_t chunk, const float* b, int64_t channels,
+                                    int64_t block, float* m, bool add) {
+  if constexpr (rows > 1) {
+    if (count < rows) return multiply_rows<rows - 1, vectors, width>(count, a, chunk, b, channels, block, m, add);
+  }
+  multiply<rows, vectors, width>(a, chunk, b, channels, block, m, add);
+}
+
+// The product of one plane and one panel of output channels. The tiles are split evenly, so that no call has only a
+// few rows.
+template <int width>
+static void multiply_panel(const float* a, int64_t tiles, const float* b, int64_t channels, int64_t block, float* m,
+                           bool add) {
+  constexpr int vectors = std::min(kVectors, width / kLanes);
+  const int64_t groups = (tiles + kRows - 1) / kRows;
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t row = g * tiles / groups, next = (g + 1) * tiles / groups;
+    for (int part = 0; part < width; part += vectors * kLanes)
+      multiply_rows<kRows, vectors, width>(static_cast<int>(next - row), a + row * kLanes, tiles * kLanes, b + part,
+                                           channels, block, m + row * width + part, add);
+  }
+}
+
+static void multiply_plane(int width, const float* a, int64_t tiles, const float* b, int64_t channels, int64_t block,
+                           float* m, bool add) {
+  if (width == 32) multiply_panel<32>(a, tiles, b, channels, block, m, add);
+  else multiply_panel<16>(a, tiles, b, channels, block, m, add);
+}
+
+// `channels` of the weights of one panel, w[channel][9][width], into planes u[plane][channel][width].
+template <int my, int mx>
+static void transform_weight(const float* w, int64_t channels, int width, float* u, int64_t plane) {
+  constexpr int ty = my + 2, tx = mx + 2;
+  for (int64_t c = 0; c < channels; ++c)
+    for (int part = 0; part < width; part += kLanes) {
+      const float* g = w + c * 9 * width + part;
+      float* target = u + c * width + part;
+      F rows[ty][3];
+      DDPM_FAST_UNROLL for (int j = 0; j < 3; ++j) {
+        F column[3], r[ty];
+        DDPM_FAST_UNROLL for (int i = 0; i < 3; ++i) column[i] = load(g + (i * 3 + j) * width);
+        Winograd<my>::weight(column, r);
+        DDPM_FAST_UNROLL for (int i = 0; i < ty; ++i) rows[i][j] = r[i];
+      }
+      DDPM_FAST_UNROLL for (int i = 0; i < ty; ++i) {
+        F r[tx];
+        Winograd<mx>::weight(rows[i], r);
+        DDPM_FAST_UNROLL for (int j = 0; j < tx; ++j) store(target + (i * tx + j) * plane, r[j]);
+      }
+    }
+}
+
+// One tile of sixteen output channels; `whole` tiles lie inside the image and have all their lanes.
+template <int my, int mx, bool whole>
+DDPM_FAST_INLINE void output_tile(const Conv& conv, const float* product, int64_t plane, F bias, int64_t offset,
+                                  int rows, int columns, int lanes) {
+  constexpr int ty = my + 2, tx = mx + 2;
+  F half[my][tx];
+  DDPM_FAST_UNROLL for (int j = 0; j < tx; ++j) {
+    F d[ty], r[my];
+    DDPM_FAST_UNROLL for (int i = 0; i < ty; ++i) d[i] = load(product + (i * tx + j) * plane);
+    Winograd<my>::output(d, r);
+    DDPM_FAST_UNROLL for (int i = 0; i < my; ++i) half[i][j] = r[i];
+  }
+  DDPM_FAST_UNROLL for (int i = 0; i < my; ++i) {
+    if (!whole && i >= rows) break;
+    F y[mx];
+    Winograd<mx>::output(half[i], y);
+    const int64_t row = offset + i * conv.width * conv.outputs;
+    DDPM_FAST_UNROLL for (int j = 0; j < mx; ++j) {
+      if (!whole && j >= columns) break;
+      F value = y[j] + bias;
+      const int64_t at = row + j * conv.outputs;
+      if (conv.residual) value = load_vector<whole>(conv.residual + at, lanes) + value;
+      store_vector<whole>(conv.out + at, value, lanes);
+    }
+  }
+}
+
+// The outputs `channel` .. `channel + width` of a block of tiles that starts with tile `first`.
+template <int my, int mx>
+static void transform_output(const Conv& conv, int64_t first, int64_t tiles, const float* product, int width,
+                             int64_t plane, int64_t channel) {
+  for (int64_t row = 0; row < tiles; ++row) {
+    const int64_t tile = first + row, sample = tile / conv.tiles_per_sample;
+    const int64_t in_sample = tile % conv.tiles_per_sample;
+    const int64_t y0 = in_sample / conv.tiles_x * my, x0 = in_sample % conv.tiles_x * mx;
+    const int rows = static_cast<int>(std::min<int64_t>(my, conv.height - y0));
+    const int columns = static_cast<int>(std::min<int64_t>(mx, conv.width - x0));
+    const int64_t pixel = ((sample * conv.height + y0) * conv.width + x0) * conv.outputs;
+    for (int part = 0; part < width && channel + part < conv.outputs; part += kLanes) {
+      const int64_t k = channel + part;
+      const int lanes = static_cast<int>(std::min<int64_t>(kLanes, conv.outputs - k));
+      const F bias = conv.bias ? load_vector<false>(conv.bias + k, lanes) : splat(0.0f);
+      const float* source = product + row * width + part;
+      if (rows == my && columns == mx && lanes == kLanes)
+        output_tile<my, mx, true>(conv, source, plane, bias, pixel + k, my, mx, kLanes);
+      else
+        output_tile<my, mx, false>(conv, source, plane, bias, pixel + k, rows, columns, lanes);
+    }
+  }
+}
+
+#undef DDPM_FAST_UNROLL
+
+}  // namespace DDPM_FAST_ISA
+}  // namespace ddpm_fast
