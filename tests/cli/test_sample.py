@@ -424,7 +424,6 @@ def test_an_error_in_one_thread_ends_the_others(
     assert sorted(contents(tmp_path / "s")) == ["manifest.json"]
 
 
-@pytest.mark.skipif(not SHIPPED.is_file(), reason="this tree has no trained checkpoint")
 def test_the_shipped_checkpoint_is_the_default(cli: Cli, tmp_path: Path) -> None:
     assert cli("sample", "-n", 2, "--steps", 2, "--micro-batch", 2, "--format", "npy", "--out", tmp_path).status == 0
     x = samples(tmp_path)
