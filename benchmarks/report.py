@@ -33,7 +33,7 @@ def machine() -> dict[str, str]:
     if cpuinfo.exists():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
-    if backends.cpu_missing is None:
+    if backends.missing["cpu"] is None:
         from ddpm_fast._C import cpu_isa
 
         isa = cpu_isa()

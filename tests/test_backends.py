@@ -13,7 +13,7 @@ from ddpm_fast import backends
 
 def test_the_extension_is_there() -> None:
     assert df.available_backends() == ["reference", "cpu"]
-    assert backends.cpu_missing is None
+    assert backends.missing["cpu"] is None
 
 
 def test_the_best_backend_is_chosen_and_float64_is_the_references() -> None:

@@ -1,21 +1,22 @@
 """The backends, and which of them a call uses.
 
 A backend holds nothing but kernels, one file an op. `reference` is plain PyTorch: the specification, and what runs
-where nothing faster does. `cpu` is the C++ extension.
+where nothing faster does. `cpu` and `cuda` are the C++ and CUDA extensions, `triton` needs a GPU and no compiler.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import warnings
 from collections.abc import Iterator
 
 import torch
 
-NAMES = ("reference", "cpu")
+NAMES = ("reference", "cpu", "triton", "cuda")
 
-_CPU_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
+_KERNEL_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 _forced: str | None = None
 
@@ -29,10 +30,39 @@ def _load_cpu() -> str | None:
     return None
 
 
-cpu_missing = _load_cpu()
-if cpu_missing is not None:
+def _no_gpu() -> str | None:
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    return None if torch.cuda.is_available() else "torch finds no GPU"
+
+
+def _load_cuda() -> str | None:
+    if (reason := _no_gpu()) is not None:
+        return reason
+    try:
+        importlib.import_module("ddpm_fast._cuda")
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+def _find_triton() -> str | None:
+    if (reason := _no_gpu()) is not None:
+        return reason
+    # Not imported before a kernel is called: it takes a second.
+    return None if importlib.util.find_spec("triton") is not None else "the package triton is not installed"
+
+
+# Why a backend cannot run here; None where it can.
+missing: dict[str, str | None] = {
+    "reference": None,
+    "cpu": _load_cpu(),
+    "triton": _find_triton(),
+    "cuda": _load_cuda(),
+}
+if missing["cpu"] is not None:
     warnings.warn(
-        f"ddpm_fast runs without its CPU kernels, on the slower reference backend: {cpu_missing}. "
+        f"ddpm_fast runs without its CPU kernels, on the slower reference backend: {missing['cpu']}. "
         "To build them, install a C++17 compiler (Debian: apt-get install g++) and reinstall ddpm_fast.",
         RuntimeWarning,
         stacklevel=2,
@@ -43,9 +73,9 @@ def available_backends() -> list[str]:
     """The backends that can run here, the specification first.
 
     Returns:
-        A list out of "reference" and "cpu".
+        A list out of "reference", "cpu", "triton" and "cuda".
     """
-    return ["reference"] if cpu_missing is not None else ["reference", "cpu"]
+    return [name for name in NAMES if missing[name] is None]
 
 
 @contextlib.contextmanager
@@ -60,7 +90,7 @@ def use_backend(name: str) -> Iterator[None]:
     """
     global _forced
     if name not in available_backends():
-        why = f" ({cpu_missing})" if name == "cpu" else ""
+        why = f" ({missing[name]})" if name in NAMES else ""
         raise ValueError(f"use_backend: {name!r} is not available{why}; available are {available_backends()}")
     previous, _forced = _forced, name
     try:
@@ -72,14 +102,21 @@ def use_backend(name: str) -> Iterator[None]:
 def choose(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> str:
     """The backend for an op whose main tensor is `tensor`: the one forced, or the best that takes it.
 
-    float64, and any device but the CPU, are the reference's.
+    float64, and any device but the CPU and CUDA's, are the reference's.
     """
-    takes = tensor.is_cpu and (dtype or tensor.dtype) in _CPU_DTYPES
+    if _forced == "reference":
+        return _forced
+    on_cpu = tensor.is_cpu
+    takes = (dtype or tensor.dtype) in _KERNEL_DTYPES
     if _forced is None:
-        return "cpu" if takes and cpu_missing is None else "reference"
-    if _forced == "cpu" and not takes:
+        if takes:
+            for name in ("cpu",) if on_cpu else ("cuda", "triton") if tensor.is_cuda else ():
+                if missing[name] is None:
+                    return name
+        return "reference"
+    if not takes or on_cpu != (_forced == "cpu"):
         raise ValueError(
-            f"backend 'cpu' takes float32, float16 and bfloat16 tensors on the CPU, "
-            f"not {dtype or tensor.dtype} on {tensor.device}"
+            f"backend {_forced!r} takes float32, float16 and bfloat16 tensors on the "
+            f"{'CPU' if _forced == 'cpu' else 'GPU'}, not {dtype or tensor.dtype} on {tensor.device}"
         )
     return _forced

@@ -17,6 +17,7 @@ import ddpm_fast
 from ddpm_fast import backends
 from ddpm_fast.backends.reference.random import philox
 from ddpm_fast.ops import denoise, group_norm_silu, q_sample, randn
+from ddpm_fast.ops.conv import cpu_isa
 from ddpm_fast.schedule import NoiseSchedule
 from ddpm_fast.solvers import ddpm_table
 
@@ -56,17 +57,22 @@ def versions() -> list[tuple[str, str]]:
     ]
 
 
+_INSTALL = {
+    "cpu": "install a C++17 compiler (Debian: g++) and reinstall ddpm_fast",
+    "triton": "it needs a GPU, a torch built with CUDA, and the package triton",
+    "cuda": "it needs a GPU, a torch built with CUDA, and ddpm_fast installed where nvcc is on the path",
+}
+
+
 def backend_states() -> list[tuple[str, str]]:
     """Every backend: how it runs, or why it does not."""
-    states = [("reference", "available: plain PyTorch, the specification")]
-    if backends.cpu_missing is None:
-        from ddpm_fast import _C  # type: ignore[attr-defined, unused-ignore]
-
-        states.append(("cpu", f"available: C++ kernels for {_C.cpu_isa()}"))
-    else:
-        states.append(
-            ("cpu", f"missing: {backends.cpu_missing}; install a C++17 compiler (Debian: g++) and reinstall ddpm_fast")
-        )
+    kernels = {"reference": "plain PyTorch, the specification", "cpu": f"C++ kernels for {cpu_isa()}"}
+    states = []
+    for name, reason in backends.missing.items():
+        if reason is None:
+            states.append((name, f"available: {kernels.get(name) or torch.cuda.get_device_name()}"))
+        else:
+            states.append((name, f"missing: {reason}; {_INSTALL[name]}"))
     return states
 
 

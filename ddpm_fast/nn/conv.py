@@ -44,7 +44,7 @@ class Conv3x3(nn.Conv2d):
             return ConvPlan(None, 0, "torch.compile and autocast have convolutions of their own")
         if self.weight.is_inference():
             return ConvPlan(None, 0, "the weight is an inference tensor, whose changes cannot be seen")
-        if input.dim() != 4 or backends.cpu_missing is not None or backends.choose(input) != "cpu":
+        if input.dim() != 4 or backends.missing["cpu"] is not None or backends.choose(input) != "cpu":
             return ConvPlan(None, 0, "the cpu backend is not the one in use")
         return plan_conv3x3(
             self.in_channels,

@@ -8,7 +8,8 @@ an empty one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,25 +23,39 @@ def _fake(*args: Any) -> None:
     """All that an op does is write into its arguments."""
 
 
+def _triton(reference: Callable[..., None]) -> Callable[..., None]:
+    """The kernel of the reference's name in backends/triton, imported when it is first called."""
+    module = f"ddpm_fast.backends.triton.{reference.__module__.rpartition('.')[2]}"
+
+    def kernel(*args: Any) -> None:
+        getattr(importlib.import_module(module), reference.__name__)(*args)
+
+    return kernel
+
+
 class Operator:
     """An op of this package.
 
     Args:
         name: the op's name, the same in every backend.
         arguments: its schema's argument list, as `torch.library` writes it.
-        reference: the kernel of the reference backend. The C++ kernels register themselves, in csrc/ops.cpp.
+        reference: the kernel of the reference backend; Triton's has the same name in the file of the same name. The
+            C++ and CUDA kernels register themselves, in csrc/ops.cpp and csrc/ops_cuda.cpp.
+        on: the backends that have the op.
     """
 
-    def __init__(self, name: str, arguments: str, reference: Callable[..., None]) -> None:
+    def __init__(
+        self, name: str, arguments: str, reference: Callable[..., None], on: Sequence[str] = backends.NAMES
+    ) -> None:
         self.name = name
-        for backend in backends.NAMES:
+        for backend in on:
             _library.define(f"{name}.{backend}({arguments}) -> ()")
             torch.library.register_fake(f"ddpm_fast::{name}.{backend}", _fake, lib=_library)
         _library.impl(f"{name}.reference", reference, "CompositeExplicitAutograd")
+        if "triton" in on:
+            _library.impl(f"{name}.triton", _triton(reference), "CUDA")
         packet = getattr(torch.ops.ddpm_fast, name)
-        self._overloads: dict[str, Callable[..., None]] = {
-            backend: getattr(packet, backend) for backend in backends.NAMES
-        }
+        self._overloads: dict[str, Callable[..., None]] = {backend: getattr(packet, backend) for backend in on}
 
     def __getitem__(self, backend: str) -> Callable[..., None]:
         """The torch operator of one backend."""

@@ -19,6 +19,7 @@ CONV3X3 = Operator(
     "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? prepared, int tile_height, int tile_width, "
     "int block, Tensor(a!) out",
     reference.conv3x3,
+    on=("reference", "cpu"),
 )
 
 MODES = ("exact", "strict", "fast", "torch")
@@ -129,7 +130,7 @@ def _multiplications(plan: ConvPlan, height: int, width: int) -> int:
 @lru_cache(maxsize=1)
 def cpu_isa() -> str:
     """The instruction set that the CPU kernels use; "none" where there are none."""
-    if backends.cpu_missing is not None:
+    if backends.missing["cpu"] is not None:
         return "none"
     return str(importlib.import_module("ddpm_fast._C").cpu_isa())
 
@@ -282,7 +283,7 @@ def conv3x3(
         _check_out(out, x)
     if _check.needs_grad(x, w, bias, residual, out):
         raise RuntimeError("conv3x3 has no gradient: use torch's convolution, or nn.Conv3x3, which does where needed")
-    backend = backends.choose(x)
+    backend = "cpu" if backends.choose(x) == "cpu" else "reference"
     plan = plan_conv3x3(channels, outputs, height, width, mode=mode, isa=cpu_isa())
     x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:

@@ -67,7 +67,7 @@ def test_an_op_that_raises_is_reported(cli: Cli, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_missing_backend_is_explained(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "cpu_missing", "No module named 'ddpm_fast._C'")
+    monkeypatch.setitem(backends.missing, "cpu", "No module named 'ddpm_fast._C'")
     done = cli("doctor")
     assert done.status == 0  # it is slower, and computes what it should
     assert "cpu        missing: No module named 'ddpm_fast._C'; install a C++17 compiler" in done.out
