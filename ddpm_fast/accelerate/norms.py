@@ -8,11 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from .. import backends
 from ..nn import GroupNormSiLU
 from ..ops import group_norm_silu
+from ..ops._check import is_transformed
 from .activations import computes
 from .patch import Accelerated, mark, marked, original_class
 
@@ -52,13 +52,6 @@ def runs_fused(x: Tensor) -> bool:
 def autocast_dtype(device: str, dtype: torch.dtype, autocast: bool) -> torch.dtype:
     """The dtype in which PyTorch's own group_norm runs, and which its result has."""
     return torch.float32 if autocast and device in _AUTOCAST_TO_FLOAT32 and dtype in _HALF else dtype
-
-
-def _is_transformed() -> bool:
-    """Whether functorch or forward-mode differentiation is at work, which the op knows nothing of."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _rows(parameter: Any, x: Tensor) -> Tensor | None:
@@ -103,7 +96,7 @@ class FusedNorm(Accelerated, nn.GroupNorm):
         # One value a group, or none: what PyTorch makes of that is its own affair.
         if x.numel() <= self.num_groups or not x.is_floating_point() or x.is_meta or not runs_fused(x):
             return None
-        if _is_transformed():
+        if is_transformed():
             return None
         casts: bool = own.get("_ddpm_fast_casts", False)
         if not casts and not x.is_cpu:

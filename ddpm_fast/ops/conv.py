@@ -153,27 +153,29 @@ def pack(weight: Tensor) -> Tensor:
 class PreparedConv3x3:
     """A weight (K, C, 3, 3) and what the kernel reads in its place, of the same size: see `prepare_conv3x3`."""
 
-    __slots__ = ("_packed", "_source", "_version", "weight")
+    __slots__ = ("_last", "weight")
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
-        self._packed: Tensor | None = None
-        self._source: Tensor | None = None
-        self._version = -1
+        # What was packed, its version, and the result: one object, so that threads never see parts of two.
+        self._last: tuple[Tensor, int, Tensor] | None = None
 
     def packed(self) -> Tensor:
         """The packed weight, packed again where the weight has changed since the last call."""
-        weight = self.weight
+        weight, last = self.weight, self._last
+        # torch's fully_shard fills a parameter's memory again without counting it.
+        counted = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        if counted and last and last[1] == weight._version and last[0].data_ptr() == weight.data_ptr():
+            return last[2]
         # Holding the memory that was packed keeps its address from being given to another weight.
-        if (
-            self._packed is None
-            or self._source is None
-            or self._version != weight._version
-            or self._source.data_ptr() != weight.data_ptr()
-        ):
-            self._source, self._version = weight.detach(), weight._version
-            self._packed = pack(self._source)
-        return self._packed
+        source, version = weight.detach(), weight._version
+        packed = pack(source)
+        self._last = (source, version, packed)
+        return packed
+
+    def __reduce__(self) -> tuple[type[PreparedConv3x3], tuple[Tensor]]:
+        """Copies and pickles hold the weight, which is the copy's own, and are packed at their first call."""
+        return PreparedConv3x3, (self.weight,)
 
 
 def prepare_conv3x3(weight: Tensor) -> PreparedConv3x3:
@@ -181,7 +183,8 @@ def prepare_conv3x3(weight: Tensor) -> PreparedConv3x3:
 
     The result follows the weight: it is packed at the first call and again after an in-place change (an optimiser's
     step, `load_state_dict`) or when its memory is replaced. Writes through `weight.data`, which PyTorch does not
-    count, are not seen.
+    count, are not seen. Where torch.distributed is initialized it is packed in every call, because `fully_shard` writes
+    so as well.
 
     Args:
         weight: (K, C, 3, 3), float32 on the CPU.
