@@ -12,6 +12,7 @@ from torch import Tensor
 from ddpm_fast import backends
 from ddpm_fast.backends.reference import conv as reference
 from ddpm_fast.ops import _check
+from ddpm_fast.ops._derived import Derived
 from ddpm_fast.ops._operator import Operator
 
 CONV3X3 = Operator(
@@ -153,25 +154,15 @@ def pack(weight: Tensor) -> Tensor:
 class PreparedConv3x3:
     """A weight (K, C, 3, 3) and what the kernel reads in its place, of the same size: see `prepare_conv3x3`."""
 
-    __slots__ = ("_last", "weight")
+    __slots__ = ("_packed", "weight")
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
-        # What was packed, its version, and the result: one object, so that threads never see parts of two.
-        self._last: tuple[Tensor, int, Tensor] | None = None
+        self._packed: Derived[Tensor] = Derived()
 
     def packed(self) -> Tensor:
         """The packed weight, packed again where the weight has changed since the last call."""
-        weight, last = self.weight, self._last
-        # torch's fully_shard fills a parameter's memory again without counting it.
-        counted = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-        if counted and last and last[1] == weight._version and last[0].data_ptr() == weight.data_ptr():
-            return last[2]
-        # Holding the memory that was packed keeps its address from being given to another weight.
-        source, version = weight.detach(), weight._version
-        packed = pack(source)
-        self._last = (source, version, packed)
-        return packed
+        return self._packed.get((self.weight,), pack)
 
     def __reduce__(self) -> tuple[type[PreparedConv3x3], tuple[Tensor]]:
         """Copies and pickles hold the weight, which is the copy's own, and are packed at their first call."""
