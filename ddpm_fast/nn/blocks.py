@@ -94,8 +94,9 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, H, W)`` -> the same shape."""
         n, c, h, w = x.shape
-        # In channels_last this permutation is the memory order: positions become rows without a copy.
-        rows = self.norm(x).permute(0, 2, 3, 1).reshape(n, h * w, c)
+        # In channels_last this permutation is the memory order, and nothing is copied. In a contiguous image it is a
+        # view as well, of rows whose elements lie apart: PyTorch then takes slower kernels for everything below.
+        rows = self.norm(x).permute(0, 2, 3, 1).reshape(n, h * w, c).contiguous()
         parameters = (self.qkv.weight, self.qkv.bias, self.project.weight, self.project.bias)
         if self.folds and self.num_heads == 1 and _folding_is_safe(rows, parameters):
             out = attend(rows, self._folded.get(parameters, _fold_qkv))
