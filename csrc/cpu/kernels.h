@@ -22,7 +22,8 @@ void denoise(Tensor x_t, Tensor model_output, std::optional<Tensor> unconditiona
              std::optional<Tensor> sample_ids, int64_t stream, Tensor out, std::optional<Tensor> x0_out);
 
 void conv3x3(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
-             std::optional<Tensor> prepared, int64_t tile_height, int64_t tile_width, int64_t block, Tensor out);
+             std::optional<Tensor> prepared, bool upsample, int64_t tile_height, int64_t tile_width, int64_t block,
+             Tensor out);
 
 void norm_act(Tensor x, int64_t num_groups, std::optional<Tensor> weight, std::optional<Tensor> bias,
               std::optional<Tensor> scale, std::optional<Tensor> shift, std::optional<Tensor> embedding, double eps,

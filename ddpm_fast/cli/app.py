@@ -277,6 +277,9 @@ def sample(
     out: Annotated[Path, typer.Option(help="Folder to write to.", metavar="DIR")] = Path("samples"),
     micro_batch: MicroBatch = 8,
     threads: Threads = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Only say how long it would take, from a few steps; writes nothing.")
+    ] = False,
 ) -> None:
     """Draw samples from a checkpoint.
 
@@ -291,16 +294,22 @@ def sample(
     Examples:
       ddpm-fast sample -n 64 --steps 100
       ddpm-fast sample -n 10000 --seed 3 --solver ddim --steps 50 --format npy --out samples10k
+      ddpm-fast sample -n 10000 --solver ddim --steps 50 --estimate
       torchrun --nproc-per-node=4 -m ddpm_fast sample -n 10000 --format npy --out samples10k
     """
     from ddpm_fast.cli.sample import Request, share, write_samples
 
     rank, world = share(os.environ)
+    who = f"rank {rank} of {world}: " if world > 1 else ""
     request = Request(checkpoint, image_size, n, seed, _steps(steps), solver, eta, micro_batch, output=output.value)
+    if estimate:
+        from ddpm_fast.cli.estimate import estimate as predict
+
+        print(f"{who}{predict(request, out, threads=threads, rank=rank, world=world)}")
+        return
     made, found = write_samples(
         request, out, threads=threads, rank=rank, world=world, progress=rank == 0 and sys.stderr.isatty()
     )
-    who = f"rank {rank} of {world}: " if world > 1 else ""
     there = f", {found} were there already" if found else ""
     print(f"{who}{out}: {made} shards made{there}")
 

@@ -109,15 +109,25 @@ class Job:
 
     def draw(self, shard: Shard) -> Tensor:
         """The samples of a shard, float32 ``(count, C, H, W)``, contiguous."""
+        x: Tensor = self.sampler.sample(**self.arguments(shard))
+        return x[: shard.count].contiguous()
+
+    def arguments(self, shard: Shard) -> dict[str, Any]:
+        """What the sampler's `sample` and `stream` are called with for a shard."""
         size = self.request.micro_batch
         numbers = range(shard.first, shard.first + size)
-        x = self.sampler.sample(
-            (size, *self.network.shape),
-            seed=self.request.seed,
-            sample_ids=numbers,
-            model_kwargs=self.network.conditions(numbers),
-        )
-        return x[: shard.count].contiguous()
+        return {
+            "shape": (size, *self.network.shape),
+            "seed": self.request.seed,
+            "sample_ids": numbers,
+            "model_kwargs": self.network.conditions(numbers),
+        }
+
+    def missing(self, folder: Path, rank: int, world: int) -> tuple[list[Shard], int]:
+        """Those of a process's shards that are not in the folder yet, and how many are."""
+        mine = self.shards[rank::world]
+        missing = [shard for shard in mine if not _complete(folder, shard, self)]
+        return missing, len(mine) - len(missing)
 
 
 def share(variables: dict[str, str] | os._Environ[str]) -> tuple[int, int]:
@@ -154,8 +164,7 @@ def write_samples(
     job = Job(request)
     folder.mkdir(parents=True, exist_ok=True)
     _claim(folder, job)
-    mine = job.shards[rank::world]
-    missing = [shard for shard in mine if not _complete(folder, shard, job)]
+    missing, found = job.missing(folder, rank, world)
 
     def work(shard: Shard) -> None:
         x = job.draw(shard)
@@ -166,14 +175,14 @@ def write_samples(
             write_atomically(folder / shard.files[0], lambda temporary: _save_array(temporary, x.numpy()))
 
     with _watched(job.network, len(missing) * job.sampler.steps, progress) as stop:
-        _in_parallel(work, missing, threads or torch.get_num_threads(), stop)
+        in_parallel(work, missing, threads or torch.get_num_threads(), stop)
     finished = all(_complete(folder, shard, job) for shard in job.shards)
     if request.output == "grid" and finished and not (folder / GRID).exists():
         _write_grid(folder, job)
-    return len(missing), len(mine) - len(missing)
+    return len(missing), found
 
 
-def _in_parallel(work: Callable[[Shard], None], shards: list[Shard], threads: int, stop: threading.Event) -> None:
+def in_parallel(work: Callable[[Shard], None], shards: list[Shard], threads: int, stop: threading.Event) -> None:
     """Run `work` on all shards, `threads` at a time, each on one thread; an error or Ctrl-C ends them all."""
     before = torch.get_num_threads()
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))

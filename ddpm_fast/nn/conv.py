@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends
@@ -10,7 +11,7 @@ from ..ops._check import is_transformed, needs_grad
 from ..ops.conv import ConvPlan, PreparedConv3x3, conv3x3, cpu_isa, plan_conv3x3, prepare_conv3x3
 
 
-def plan_module(conv: nn.Conv2d, input: Tensor, mode: str) -> ConvPlan:
+def plan_module(conv: nn.Conv2d, input: Tensor, mode: str, upsample: bool = False) -> ConvPlan:
     """How a 3x3 convolution module of stride 1 and padding 1 would treat ``input (N, C, H, W)`` just now, and why."""
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or is_transformed():
         return ConvPlan(None, 0, "torch.compile, autocast and torch.func have convolutions of their own")
@@ -31,6 +32,7 @@ def plan_module(conv: nn.Conv2d, input: Tensor, mode: str) -> ConvPlan:
         isa=cpu_isa(),
         dtype=input.dtype,
         device=input.device.type,
+        upsample=upsample,
         gradient=needs_grad(input, weight, conv.bias),
     )
 
@@ -72,14 +74,17 @@ class Conv3x3(nn.Conv2d):
     ) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1, bias=bias, device=device, dtype=dtype)
 
-    def plan(self, input: Tensor) -> ConvPlan:
+    def plan(self, input: Tensor, upsample: bool = False) -> ConvPlan:
         """How ``input (N, in_channels, H, W)`` would be convolved just now, and why."""
-        return plan_module(self, input, self.mode)
+        return plan_module(self, input, self.mode, upsample)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``residual + conv(input)``: ``(N, in_channels, H, W)`` -> ``(N, out_channels, H, W)``, residual's shape."""
-        if self.plan(input).tile is None or needs_grad(residual):
-            y = super().forward(input)
+    def forward(self, input: Tensor, residual: Tensor | None = None, upsample: bool = False) -> Tensor:
+        """``residual + conv(input)``: ``(N, in_channels, H, W)`` -> ``(N, out_channels, H, W)``, residual's shape.
+
+        With ``upsample`` the input's height and width are doubled first, each pixel repeated.
+        """
+        if self.plan(input, upsample).tile is None or needs_grad(residual):
+            y = super().forward(F.interpolate(input, scale_factor=2.0, mode="nearest") if upsample else input)
             return y if residual is None else residual + y
         self._prepared = prepared = prepared_weight(self, self._prepared)
-        return conv3x3(input, prepared, self.bias, residual=residual, mode=self.mode)
+        return conv3x3(input, prepared, self.bias, residual=residual, upsample=upsample, mode=self.mode)

@@ -17,8 +17,8 @@ from ddpm_fast.ops._operator import Operator
 
 CONV3X3 = Operator(
     "conv3x3",
-    "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? prepared, int tile_height, int tile_width, "
-    "int block, Tensor(a!) out",
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? prepared, bool upsample, int tile_height, "
+    "int tile_width, int block, Tensor(a!) out",
     reference.conv3x3,
     on=("reference", "cpu"),
 )
@@ -31,7 +31,7 @@ _PANEL = 32  # output channels side by side, as in csrc/cpu/conv.cpp
 class ConvPlan(NamedTuple):
     """How a 3x3 convolution is computed, and why."""
 
-    tile: tuple[int, int] | None  # height and width of Winograd's tiles of outputs; None leaves it to torch
+    tile: tuple[int, int] | None  # height and width of Winograd's tiles; None leaves it to torch
     block: int  # channels whose products are summed from zero before they are added to the rest
     reason: str
 
@@ -57,6 +57,7 @@ def plan_conv3x3(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     stride: int = 1,
+    upsample: bool = False,
     gradient: bool = False,
 ) -> ConvPlan:
     """Decides how a 3x3 convolution with padding 1 is computed.
@@ -64,10 +65,11 @@ def plan_conv3x3(
     The number of samples is no argument: a sample's bits must not depend on its batch.
 
     Args:
-        channels, outputs, height, width: C, K, H and W.
+        channels, outputs, height, width: C, K, H and W of the input.
         mode: "exact", "strict", "fast" or "torch"; see `conv3x3`.
         isa: the instruction set of the CPU kernels: "avx512", "avx2", "generic", or "none" where there are none.
         dtype, device, stride: the input's dtype and kind of device, and the convolution's stride.
+        upsample: whether the image is doubled first; tiles are single pixels then, of 2x2 outputs.
         gradient: whether a gradient is needed.
 
     Raises:
@@ -88,6 +90,8 @@ def plan_conv3x3(
     if min(channels, outputs) < _LEAST_CHANNELS:
         few = f"{channels} to {outputs} channels"
         return _by_torch(f"{few}, one below {_LEAST_CHANNELS}: transforms cost more than they save")
+    if upsample:
+        return ConvPlan((1, 1), _UPSAMPLED_BLOCKS[mode], "a pixel at a time: 9 products for its four outputs")
     candidates = [
         ConvPlan(tile, block, reason)
         for tile, block, reason, least_channels, least_side in _TILES[mode]
@@ -121,6 +125,9 @@ _TILES: dict[str, list[tuple[tuple[int, int], int, str, int, int]]] = {
     "strict": [((2, 2), 32, f"{_F22}: the smallest error", 0, 0)],
     "fast": [((4, 4), 128, f"{_F44}: the fewest multiplications", 0, 0)],
 }
+
+
+_UPSAMPLED_BLOCKS = {"exact": 64, "strict": 32, "fast": 128}
 
 
 def _multiplications(plan: ConvPlan, height: int, width: int) -> int:
@@ -226,6 +233,7 @@ def conv3x3(
     bias: Tensor | None = None,
     *,
     residual: Tensor | None = None,
+    upsample: bool = False,
     mode: str = "exact",
     out: Tensor | None = None,
 ) -> Tensor:
@@ -240,14 +248,15 @@ def conv3x3(
             is copied first.
         weight: (K, C, 3, 3) of x's dtype, or better `prepare_conv3x3(weight)`, which spares packing it in each call.
         bias: (K,), or None.
-        residual: (N, K, H, W), added to the result; `out` itself is allowed.
+        residual: of the result's shape, added to it; `out` itself is allowed.
+        upsample: double the height and width of x first, each pixel repeated ("nearest"); the large image is not made.
         mode: "exact": the largest tiles whose error against float64 is at most that of torch's own channels_last
             convolution. "strict": tiles of 2x2, about a third to two thirds of that error. "fast": tiles of 4x4
             always, which with few channels round up to three times as much as torch. "torch": torch's convolution.
-        out: channels_last (N, K, H, W) that receives the result.
+        out: channels_last, of the result's shape, receives the result.
 
     Returns:
-        (N, K, H, W), channels_last; `out` where it was given.
+        (N, K, H, W), or (N, K, 2H, 2W) with `upsample`, channels_last; `out` where it was given.
 
     Raises:
         TypeError: for an argument of the wrong type.
@@ -267,7 +276,8 @@ def conv3x3(
     samples, channels, height, width = x.shape
     outputs = w.shape[0]
     _check_like("weight", w, (outputs, channels, 3, 3), x)
-    shape = (samples, outputs, height, width)
+    factor = 2 if upsample else 1
+    shape = (samples, outputs, factor * height, factor * width)
     if bias is not None:
         _check_like("bias", bias, (outputs,), x)
     if residual is not None:
@@ -278,12 +288,13 @@ def conv3x3(
     if _check.needs_grad(x, w, bias, residual, out):
         raise RuntimeError("conv3x3 has no gradient: use torch's convolution, or nn.Conv3x3, which does where needed")
     backend = "cpu" if backends.choose(x) == "cpu" else "reference"
-    plan = plan_conv3x3(channels, outputs, height, width, mode=mode, isa=cpu_isa())
+    plan = plan_conv3x3(channels, outputs, height, width, mode=mode, isa=cpu_isa(), upsample=upsample)
     x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     if backend == "cpu" and plan.tile is None:
-        y = torch.nn.functional.conv2d(x, w, bias, padding=1).contiguous(memory_format=torch.channels_last)
+        image = torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest") if upsample else x
+        y = torch.nn.functional.conv2d(image, w, bias, padding=1).contiguous(memory_format=torch.channels_last)
         if residual is not None:
             return torch.add(residual, y, out=out)
         return y if out is None else out.copy_(y)
@@ -292,5 +303,5 @@ def conv3x3(
     packed = None if backend == "reference" else pack(w) if prepared is None else prepared.packed()
     if bias is not None:
         bias = bias.contiguous()
-    CONV3X3[backend](x, w, bias, residual, packed, *(plan.tile or (0, 0)), plan.block, out)
+    CONV3X3[backend](x, w, bias, residual, packed, upsample, *(plan.tile or (0, 0)), plan.block, out)
     return out

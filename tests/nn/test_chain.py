@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import torch
 from torch import Tensor
 
 import ddpm_fast as df
@@ -23,12 +22,12 @@ def test_our_images_are_no_further_from_eagers_than_eagers_two_layouts_from_each
     model = network.model.eval()
     contiguous = UNet(replace(model.config, channels_last=False)).eval()
     contiguous.load_state_dict(model.state_dict())
-    shape = (8, *network.shape)
+    shape = (4, *network.shape)
     ours, last, plain = (
         df.Sampler(net, network.schedule).sample(shape, seed=0)
         for net in (model, eager_copy(model), eager_copy(contiguous))
     )
-    print(f"ours-channels_last {rms(ours - last):.2e} ours-contiguous {rms(ours - plain):.2e} between {rms(last - plain):.2e}")
     between = rms(last - plain)
-    assert 0 < between < 1e-2
-    assert min(rms(ours - last), rms(ours - plain)) <= between
+    assert 0 < between < 1e-3
+    assert rms(ours - last) <= between
+    assert rms(ours - plain) <= between
