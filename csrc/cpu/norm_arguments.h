@@ -40,7 +40,9 @@ class Parameter {
           copy(static_cast<const float*>(data), samples, channels, stride, column);
         break;
       case ScalarType::Half: copy(static_cast<const c10::Half*>(data), samples, channels, stride, column); break;
-      case ScalarType::BFloat16: copy(static_cast<const c10::BFloat16*>(data), samples, channels, stride, column); break;
+      case ScalarType::BFloat16:
+        copy(static_cast<const c10::BFloat16*>(data), samples, channels, stride, column);
+        break;
       default: STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16");
     }
   }

@@ -91,8 +91,8 @@ void backward(const RmsNormAct& op, const Image& grad_out_image, const Image& x_
     float* const own = &sums[unit * 2 * op.channels];
     DDPM_FAST_DISPATCH(rms_backward<T>)
     (op, grad_out + n * grad_out_image.sample_stride + offset, x + n * x_image.sample_stride + offset,
-     grad_x ? grad_x + n * grad_x_stride + offset : nullptr, op.pixels_of(chunk), rrms + n * op.pixels + op.pixel(chunk),
-     rows.of(n), RmsSums{own, own + op.channels}, scratch.data());
+     grad_x ? grad_x + n * grad_x_stride + offset : nullptr, op.pixels_of(chunk),
+     rrms + n * op.pixels + op.pixel(chunk), rows.of(n), RmsSums{own, own + op.channels}, scratch.data());
   });
   // The chunks' sums in order, in float64.
   for (int64_t c = 0; c < op.channels; ++c) {

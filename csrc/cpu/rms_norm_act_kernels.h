@@ -24,31 +24,41 @@ DDPM_FAST_INLINE F rms_factor(F squares, float root_of_channels, float eps) {
 // Pixels that are worked through together: their channels are read twice, the second time from the cache.
 constexpr int64_t kRmsTile = 64;
 
+// The last vector of n elements may be partial.
+DDPM_FAST_INLINE int lanes_at(int64_t i, int64_t n) { return static_cast<int>(std::min<int64_t>(n - i, kLanes)); }
+
+// Eight channels' squares are added up before they meet the others': a long plain sum would round more than eager
+// PyTorch's.
 template <class T> static void rms_squares(const RmsNormAct& op, const T* x, int64_t n, float* r) {
   const float root = std::sqrt(static_cast<float>(op.channels));
-  F sum[kRmsTile / kLanes];
-  const int64_t vectors = (n + kLanes - 1) / kLanes;
-  for (int64_t i = 0; i < vectors; ++i) sum[i] = splat(0.0f);
-  for (int64_t c = 0; c < op.channels; ++c)
-    for (int64_t i = 0; i < vectors; ++i) {
-      const F v = load_lanes(x + c * op.pixels + i * kLanes, static_cast<int>(std::min<int64_t>(n - i * kLanes, kLanes)));
-      sum[i] = fma(v, v, sum[i]);
+  for (int64_t i = 0; i < n; i += kLanes) store(r + i, splat(0.0f));
+  for (int64_t c = 0; c < op.channels; c += 8) {
+    const int64_t end = std::min(c + 8, op.channels);
+    for (int64_t i = 0; i < n; i += kLanes) {
+      F sum = splat(0.0f);
+      for (int64_t k = c; k < end; ++k) {
+        const F v = load_lanes(x + k * op.pixels + i, lanes_at(i, n));
+        sum = fma(v, v, sum);
+      }
+      store(r + i, load(r + i) + sum);
     }
-  for (int64_t i = 0; i < vectors; ++i)
-    store_lanes(r + i * kLanes, rms_factor(sum[i], root, op.eps), static_cast<int>(std::min<int64_t>(n - i * kLanes, kLanes)));
+  }
+  for (int64_t i = 0; i < n; i += kLanes) store(r + i, rms_factor(load(r + i), root, op.eps));
 }
 
 template <class T, bool kActivation>
 static void rms_apply_first(const RmsNormAct& op, const T* x, T* out, int64_t pixels, RmsChannels channels, float* r) {
   for (int64_t begin = 0; begin < pixels; begin += kRmsTile) {
     const int64_t n = std::min(kRmsTile, pixels - begin);
-    rms_squares(op, x + begin, n, r + begin);
+    float tile[kRmsTile];
+    rms_squares(op, x + begin, n, tile);
+    std::copy(tile, tile + n, r + begin);
     for (int64_t c = 0; c < op.channels; ++c) {
       const F factor = splat(channels.factor[c]), shift = splat(channels.shift[c]);
       const int64_t at = c * op.pixels + begin;
       for (int64_t i = 0; i < n; i += kLanes) {
-        const int lanes = static_cast<int>(std::min<int64_t>(n - i, kLanes));
-        const F z = fma(load_lanes(x + at + i, lanes) * load_lanes(r + begin + i, lanes), factor, shift);
+        const int lanes = lanes_at(i, n);
+        const F z = fma(load_lanes(x + at + i, lanes) * load(tile + i), factor, shift);
         store_lanes(out + at + i, rms_activate<kActivation>(z), lanes);
       }
     }
@@ -58,7 +68,8 @@ static void rms_apply_first(const RmsNormAct& op, const T* x, T* out, int64_t pi
 template <class T, bool kActivation>
 static void rms_backward_first(const RmsNormAct& op, const T* grad_out, const T* x, T* grad_x, int64_t pixels,
                                const float* r, RmsChannels channels, RmsSums sums, float* scratch) {
-  const float limit = std::sqrt(static_cast<float>(op.channels)) / op.eps, mean = 1.0f / static_cast<float>(op.channels);
+  const float limit = std::sqrt(static_cast<float>(op.channels)) / op.eps;
+  const float mean = 1.0f / static_cast<float>(op.channels);
   for (int64_t begin = 0; begin < pixels; begin += kRmsTile) {
     const int64_t n = std::min(kRmsTile, pixels - begin), vectors = (n + kLanes - 1) / kLanes;
     F along[kRmsTile / kLanes];
@@ -68,7 +79,7 @@ static void rms_backward_first(const RmsNormAct& op, const T* grad_out, const T*
       const int64_t at = c * op.pixels + begin;
       F gradient = splat(0.0f), product = splat(0.0f);
       for (int64_t i = 0; i < vectors; ++i) {
-        const int lanes = static_cast<int>(std::min<int64_t>(n - i * kLanes, kLanes));
+        const int lanes = lanes_at(i * kLanes, n);
         const int64_t p = i * kLanes;
         const F xhat = load_lanes(x + at + p, lanes) * load_lanes(r + begin + p, lanes);
         const F grad_z = rms_gradient<kActivation>(load_lanes(grad_out + at + p, lanes), fma(xhat, factor, shift));
@@ -83,7 +94,7 @@ static void rms_backward_first(const RmsNormAct& op, const T* grad_out, const T*
     }
     if (grad_x == nullptr) continue;
     for (int64_t i = 0; i < vectors; ++i) {
-      const int lanes = static_cast<int>(std::min<int64_t>(n - i * kLanes, kLanes));
+      const int lanes = lanes_at(i * kLanes, n);
       const int64_t p = i * kLanes;
       const F factor = load_lanes(r + begin + p, lanes);
       const F slope = select(negative(bits(factor - splat(limit))), along[i] * splat(mean) * factor, splat(0.0f));
@@ -112,10 +123,11 @@ static void rms_apply_last(const RmsNormAct& op, const T* x, T* out, int64_t pix
         sum[k] = fma(v, v, sum[k]);
       }
     for (; c < count; c += kLanes) {
-      const F v = load_lanes(x + c, static_cast<int>(std::min<int64_t>(count - c, kLanes)));
+      const F v = load_lanes(x + c, lanes_at(c, count));
       sum[0] = fma(v, v, sum[0]);
     }
-    r[p] = root / std::max(op.eps, std::sqrt(sum_of_lanes(sum[0] + sum[1])));
+    const float norm = std::sqrt(sum_of_lanes(sum[0] + sum[1]));
+    r[p] = root / (norm < op.eps ? op.eps : norm);  // a NaN stays one
     const F factor = splat(r[p]);
     for (c = 0; c < whole; c += kLanes)
       store(out + c, rms_activate<kActivation>(
@@ -137,7 +149,7 @@ static void rms_backward_last(const RmsNormAct& op, const T* grad_out, const T* 
     const F factor = splat(r[p]);
     F along = splat(0.0f);
     for (int64_t c = 0; c < count; c += kLanes) {
-      const int lanes = static_cast<int>(std::min<int64_t>(count - c, kLanes));
+      const int lanes = lanes_at(c, count);
       const F k = load_lanes(channels.factor + c, lanes), xhat = load_lanes(x + c, lanes) * factor;
       const F z = fma(xhat, k, load_lanes(channels.shift + c, lanes));
       const F grad_z = rms_gradient<kActivation>(load_lanes(grad_out + c, lanes), z), grad_xhat = grad_z * k;
@@ -149,7 +161,7 @@ static void rms_backward_last(const RmsNormAct& op, const T* grad_out, const T* 
     if (grad_x == nullptr) continue;
     const F slope = splat(r[p] < limit ? sum_of_lanes(along) * mean * r[p] : 0.0f);
     for (int64_t c = 0; c < count; c += kLanes) {
-      const int lanes = static_cast<int>(std::min<int64_t>(count - c, kLanes));
+      const int lanes = lanes_at(c, count);
       store_lanes(grad_x + c, (load_lanes(scratch + c, lanes) - load_lanes(x + c, lanes) * slope) * factor, lanes);
     }
     grad_x += count;
