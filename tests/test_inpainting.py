@@ -27,12 +27,7 @@ def test_before_is_latent_diffusions_ddim(eta):
     ldm = LatentDiffusion(Net(4))
     original = DDIMSampler(ldm, 20, eta)
     torch.manual_seed(0)
-    x = torch.randn(SHAPE)
-    with torch.no_grad():
-        for index in reversed(range(20)):
-            t = int(original.timesteps[index])
-            x = noised(ldm, t) * MASK + (1.0 - MASK) * x
-            x = original.step(x, ldm.apply_model(x, torch.full((2,), t), None), index, 1.0)
+    x = original.sample(SHAPE, None, mask=MASK, x0=KNOWN)
     sampler = Sampler.from_latent_diffusion(ldm, solver="ddim", steps=20, eta=eta)
     torch.manual_seed(0)
     result = sampler.sample(SHAPE, generator=torch.default_generator, mask=MASK, known=KNOWN)
