@@ -393,6 +393,7 @@ class NoiseSchedule:
         - "10,10,5": T is cut into sections as equal as possible, cleanest first, and each gives that many
           evenly spaced steps, its first and its last among them (Nichol, Dhariwal 2021).
         - "ddim50": every k-th step from 0, with the smallest k that gives exactly 50.
+        - "fast27": "10,10,3,2,2" with T - 3 in the place of T - 1 (GLIDE's upsampler, Nichol et al. 2022).
         - the steps themselves, as numbers of this schedule (0 .. T-1), ascending or descending.
 
         Returns: a schedule whose `timestep_map` holds the original numbers, ascending.
@@ -543,7 +544,7 @@ def kept_steps(steps: int | str | Iterable[int], spacing: str | None, total: int
         steps = steps.reshape(-1).tolist()
     if isinstance(steps, bool) or not isinstance(steps, Iterable):
         raise TypeError(
-            f"steps must be an int, a string such as '50', '10,10,5' or 'ddim50', or the steps themselves; "
+            f"steps must be an int, a string such as '50', '10,10,5', 'ddim50' or 'fast27', or the steps themselves; "
             f"got {type(steps).__name__}"
         )
     return _explicit(list(steps), total)
@@ -588,13 +589,15 @@ def _from_specification(text: str, total: int) -> list[int]:
             if len(range(0, total, stride)) == count:
                 return list(range(0, total, stride))
         raise ValueError(f"steps={text!r}: no integer stride takes exactly {count} of {total} steps")
+    if text == "fast27":
+        return [*_sections([10, 10, 3, 2, 2], total)[:-1], total - 3]
     return _sections([_parse_count(part, text) for part in text.split(",")], total)
 
 
 def _parse_count(digits: str, text: str) -> int:
     stripped = digits.strip()
     if not (stripped.isascii() and stripped.isdigit()):
-        raise ValueError(f"steps={text!r} is not understood: write '50', '10,10,5' or 'ddim50'")
+        raise ValueError(f"steps={text!r} is not understood: write '50', '10,10,5', 'ddim50' or 'fast27'")
     return int(stripped)
 
 

@@ -90,7 +90,7 @@ Seed = Annotated[int, typer.Option(help="Seed of the noise, below 2^64.", metava
 Steps = Annotated[
     str | None,
     typer.Option(
-        help="Steps to make: a number, or sections such as 10,10,5, or ddim50.",
+        help="Steps to make: a number, or sections such as 10,10,5, or ddim50 or fast27.",
         metavar="STEPS",
         show_default="all of the schedule",
     ),

@@ -71,8 +71,8 @@ class Sampler:
             own noise levels). "ddpm", "euler_ancestral" and "ddim" with `eta` add noise. "heun" calls the model
             twice a step, but for the last.
         steps: how many of the schedule's T steps to make: None for all, an int, which chooses as the
-            `reference` does, or a string such as "10,10,5" or "ddim50" as :meth:`NoiseSchedule.respace` takes
-            them.
+            `reference` does, or a string such as "10,10,5", "ddim50" or "fast27" as
+            :meth:`NoiseSchedule.respace` takes them.
         timesteps: the steps to make, as strictly descending numbers of `schedule`, instead of `steps`.
         eta: DDIM's noise, from 0 (none) to 1 (DDPM's).
         clip: the range that x0 is clipped to: ``(low, high)``, None, or "auto" for the `reference`'s own:
