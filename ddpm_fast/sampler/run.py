@@ -89,15 +89,16 @@ class Run:
         x.copy_(of_start * start + of_end * x + of_x0 * x0)
 
     def _repaint(self, paint: Inpainting, i: int, x0: Tensor | None) -> None:
-        """Step i, `resample` times; the draws of each are the step's own, the known part's, the way back's."""
+        """Step i and its repetitions; the draws of each are the step's own, the known part's, the way back's."""
 
         def again(i: int, stochastic: bool) -> dict[str, Any]:
             return {"noise": self.source.extra(i, self.x)} if stochastic and self.apply.table.draws[i] else {}
 
-        for repetition in range(paint.resample):
+        repetitions = paint.repetitions(i)
+        for repetition in range(repetitions):
             self._once(i, self.source.arguments if repetition == 0 else again, x0)
             paint.put(self.x, self.source.extra(i, self.x), i, below=True)
-            if repetition + 1 < paint.resample:
+            if repetition + 1 < repetitions:
                 paint.back(self.x, self.source.extra(i, self.x), i)
 
     def _network(self, i: int) -> tuple[Tensor, Tensor | None]:

@@ -401,8 +401,8 @@ class Sampler:
                 DDIM), "after" each step, at the timestep that it was made from (latent-diffusion's DDPM), or
                 "repaint": after it, at the timestep that it leads to (Lugmayr et al. 2022). Its noise is one
                 more draw a step, before or after the step's own; from a seed, of the stream "corrector".
-            resample: with "repaint", how often each step is made; in between the state is noised back up, which
-                is one more draw.
+            resample: with "repaint", how often each step but the last is made; in between the state is noised
+                back up, which is one more draw.
             progress: show a progress bar.
             callback: called with a :class:`SamplerState` after each step; returning True ends the run.
             every: also collect the state after each `every`-th step.
