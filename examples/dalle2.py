@@ -123,8 +123,7 @@ def main() -> None:
 
     # Two embeddings for each of four texts, and of the two the better one.
     text = F.normalize(df.randn((4, EMBEDDING), seed=100), dim=1).repeat_interleave(2, dim=0)
-    with torch.no_grad():
-        image = most_similar(embed(Prior(), text, seed=0), text, 2)
+    image = most_similar(embed(Prior(), text, seed=0), text, 2)
     small = decode(Decoder(), image, seed=1)
     large = upsample(Decoder(low_res=True, seed=2), image, small, seed=2)  # each stage has a seed of its own
     for name, images in {"small": small, "large": large}.items():
