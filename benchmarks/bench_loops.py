@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.counting import per_step
 from benchmarks.harness import Case
-from benchmarks.loops import LOOPS, STEPS, Loop
+from benchmarks.loops import LOOPS, STEPS, Loop, nothing
 
 
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.name.replace(" ", "-"))
@@ -19,16 +19,16 @@ def test_loop(measure: Callable[[Case], None], loop: Loop) -> None:
         assert error <= loop.tolerance, f"{error} from the original with the same noise"
         return error
 
-    before, after = per_step(loop.run_original, loop.shape), per_step(loop.run_ours, loop.shape)
+    before, after = per_step(loop.original, loop.shape), per_step(loop.ours, loop.shape)
     x, out = torch.randn(loop.shape), torch.empty(loop.shape)
     measure(
         Case(
             what="original loop, a step",
             shape=loop.shape,
             note=f"{loop.name}; kernels {before.kernels} -> {after.kernels}",
-            ours=loop.run_ours,
-            peers={"original": loop.run_original},
-            floors={"copy_ a step": lambda: [out.copy_(x) for _ in range(STEPS)]},
+            ours=loop.ours(nothing),
+            peers={"original": loop.original(nothing)},
+            floors={"copy_": lambda: [out.copy_(x) for _ in range(STEPS)]},
             check=check,
             steps=STEPS,
         )

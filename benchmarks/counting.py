@@ -100,11 +100,12 @@ def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-def per_step(run: Callable[[Callable[[], None]], object], shape: tuple[int, ...]) -> Counts:
-    """The counts between the network's last calls but one and its last; `run(mark)` marks each of them."""
+def per_step(loop: Callable[[Callable[[], None]], Callable[[], object]], shape: tuple[int, ...]) -> Counts:
+    """The counts between the network's last call but one and its last; ``loop(mark)()`` marks each of them."""
     counter = Counter(shape)
+    run = loop(counter.mark)
     with counter:
-        run(counter.mark)
+        run()
     return counter.stretches[-2]
 
 
@@ -114,7 +115,7 @@ def main() -> None:
 
     lines = []
     for loop in LOOPS:
-        before, after = per_step(loop.run_original, loop.shape), per_step(loop.run_ours, loop.shape)
+        before, after = per_step(loop.original, loop.shape), per_step(loop.ours, loop.shape)
         pairs = zip(vars(before).values(), vars(after).values(), strict=True)
         lines.append([loop.name, *(f"{b:g} -> {a:g}" for b, a in pairs)])
     print(aligned(("loop", "kernels on images", "transfers", "other kernels", "host reads"), lines))

@@ -49,8 +49,9 @@ class Loop:
     Args:
         name: whose.
         shape: (N, C, H, W).
-        original: ``original(mark)``, the loop from torch's generator; `mark` is called with the network.
-        sampler: ``sampler(mark)``.
+        original: ``original(mark)`` prepares the loop, which draws from torch's generator; `mark` is called with the
+            network.
+        sampler: ``sampler(mark)``, the same for the Sampler.
         tolerance: of the two results' difference, 0 where they are bit-equal.
         arguments: what `sample` gets besides.
         source: x_T and noise as the original draws them, called behind `torch.manual_seed`.
@@ -58,24 +59,24 @@ class Loop:
 
     name: str
     shape: tuple[int, ...]
-    original: Callable[[Mark], Tensor]
+    original: Callable[[Mark], Callable[[], Tensor]]
     sampler: Callable[[Mark], df.Sampler]
     tolerance: float
     arguments: dict[str, Any] = field(default_factory=dict)
     source: Callable[[], dict[str, Any]] = lambda: {"generator": torch.default_generator}
 
-    def run_original(self, mark: Mark = nothing) -> Tensor:
-        return self.original(mark)
-
-    def run_ours(self, mark: Mark = nothing) -> Tensor:
-        return self.sampler(mark).sample(self.shape, seed=0, **self.arguments)
+    def ours(self, mark: Mark) -> Callable[[], Tensor]:
+        """The Sampler's loop, prepared."""
+        sampler = self.sampler(mark)
+        return lambda: sampler.sample(self.shape, seed=0, **self.arguments)
 
     def error(self) -> float:
         """The largest difference of the two from the same torch seed."""
+        original, sampler = self.original(nothing), self.sampler(nothing)
         torch.manual_seed(0)
-        expected = self.original(nothing)[: self.shape[0]]
+        expected = original()[: self.shape[0]]
         torch.manual_seed(0)
-        result = self.sampler(nothing).sample(self.shape, **self.source(), **self.arguments)
+        result = sampler.sample(self.shape, **self.source(), **self.arguments)
         return float((result - expected).abs().max())
 
 
@@ -95,11 +96,15 @@ def _guided(variance: ModelVarType) -> GaussianDiffusion:
 
 def _openai(variance: str) -> Loop:
     output = CONDITIONAL if variance == "fixed_small" else _output(1, 6)
-    kind = ModelVarType[variance.upper()]
+
+    def original(mark: Mark) -> Callable[[], Tensor]:
+        diffusion, network = _guided(ModelVarType[variance.upper()]), Network(output, mark)
+        return lambda: diffusion.p_sample_loop(network, IMAGES)
+
     return Loop(
         f"guided-diffusion, {variance}",
         IMAGES,
-        lambda mark: _guided(kind).p_sample_loop(Network(output, mark), IMAGES),
+        original,
         lambda mark: df.Sampler(Network(output, mark), SCHEDULE, variance=variance),
         tolerance=0.0 if variance == "fixed_small" else 4e-6,  # the exponential is ours
     )
@@ -108,8 +113,11 @@ def _openai(variance: str) -> Loop:
 def _glide() -> Loop:
     conditional, unconditional = _output(1, 6), _output(2, 6)
 
-    def original(mark: Mark) -> Tensor:
-        network = Network(torch.cat([conditional, unconditional]), mark)
+    def original(mark: Mark) -> Callable[[], Tensor]:
+        diffusion, network = (
+            _guided(ModelVarType.LEARNED_RANGE),
+            Network(torch.cat([conditional, unconditional]), mark),
+        )
 
         def model_fn(x: Tensor, t: Tensor, **kwargs: Tensor) -> Tensor:
             half = x[: len(x) // 2]
@@ -119,7 +127,7 @@ def _glide() -> Loop:
             mixed = u + SCALE * (c - u)
             return torch.cat([torch.cat([mixed, mixed]), rest], dim=1)
 
-        return _guided(ModelVarType.LEARNED_RANGE).p_sample_loop(model_fn, (8, *IMAGES[1:]))
+        return lambda: diffusion.p_sample_loop(model_fn, (8, *IMAGES[1:]))
 
     def half_of_what_it_draws() -> dict[str, Any]:
         twice = (8, *IMAGES[1:])
@@ -154,13 +162,17 @@ def _lucidrains() -> Loop:
             auto_normalize=False,
         )
 
-    def original(mark: Mark) -> Tensor:
-        """`p_sample_loop` without its progress bar."""
+    def original(mark: Mark) -> Callable[[], Tensor]:
         process = diffusion(mark)
-        x = torch.randn(IMAGES)
-        for t in reversed(range(STEPS)):
-            x, _ = process.p_sample(x, t)
-        return x
+
+        def p_sample_loop() -> Tensor:
+            """Theirs, without its progress bar."""
+            x = torch.randn(IMAGES)
+            for t in reversed(range(STEPS)):
+                x, _ = process.p_sample(x, t)
+            return x
+
+        return p_sample_loop
 
     return Loop(
         "lucidrains",
@@ -175,10 +187,15 @@ def _compvis() -> Loop:
     conditional, unconditional = _output(1, 4), _output(2, 4)
     both = torch.cat([unconditional, conditional])
     y, null = torch.ones(4), torch.zeros(4)
+
+    def original(mark: Mark) -> Callable[[], Tensor]:
+        sampler = DDIMSampler(LatentDiffusion(Network(both, mark)), STEPS, 0.0)
+        return lambda: sampler.sample(LATENTS, y, null, SCALE)
+
     return Loop(
         "CompVis DDIM, guidance",
         LATENTS,
-        lambda mark: DDIMSampler(LatentDiffusion(Network(both, mark)), STEPS, 0.0).sample(LATENTS, y, null, SCALE),
+        original,
         lambda mark: df.Sampler.from_latent_diffusion(
             LatentDiffusion(Network(both, mark)), solver="ddim", steps=STEPS, guidance_scale=SCALE
         ),
@@ -193,14 +210,18 @@ def _diffusers() -> Loop:
         made.set_timesteps(STEPS)
         return made
 
-    def original(mark: Mark) -> Tensor:
-        """The loop of DDPMPipeline."""
+    def original(mark: Mark) -> Callable[[], Tensor]:
         network, made = Network(CONDITIONAL, mark), scheduler()
-        x = torch.randn(IMAGES)
-        with torch.no_grad():
+
+        @torch.no_grad()
+        def pipeline() -> Tensor:
+            """The loop of DDPMPipeline."""
+            x = torch.randn(IMAGES)
             for t in made.timesteps:
                 x = made.step(network(x, t), t, x).prev_sample
-        return x
+            return x
+
+        return pipeline
 
     return Loop(
         "diffusers DDPM",
