@@ -15,12 +15,35 @@ from ddpm_fast.sampler.inpaint import BLENDS
 from ddpm_fast.sampler.network import TimeFunction
 from ddpm_fast.sampler.step import Hooks
 from ddpm_fast.schedule import NoiseSchedule, kept_steps
+from ddpm_fast.solvers import SIGMA_SOLVERS
 
 
 def parse_steps(
+    schedule: NoiseSchedule,
+    mode: Mode,
+    steps: int | str | None,
+    timesteps: Iterable[int] | Tensor | str | None,
+    solver: str,
+) -> tuple[NoiseSchedule, list[int] | None]:
+    """The schedule whose steps are made, and the numbers of those in it, ascending, or None for all."""
+    if isinstance(timesteps, str):
+        return _levels(schedule, steps, timesteps, solver), None
+    return schedule, _chosen(schedule, mode, steps, timesteps)
+
+
+def _levels(schedule: NoiseSchedule, steps: int | str | None, name: str, solver: str) -> NoiseSchedule:
+    if name != "karras":
+        raise ValueError(f"timesteps must be the steps' numbers or 'karras', got {name!r}")
+    if solver not in SIGMA_SOLVERS:
+        raise ValueError(f"timesteps='karras' is for solver {', '.join(SIGMA_SOLVERS)}, got {solver!r}")
+    if steps is None or isinstance(steps, str):
+        raise ValueError(f"timesteps='karras' needs steps, the number of them, got {steps!r}")
+    return schedule.karras(steps)
+
+
+def _chosen(
     schedule: NoiseSchedule, mode: Mode, steps: int | str | None, timesteps: Iterable[int] | Tensor | None
 ) -> list[int] | None:
-    """The numbers of the steps to make, ascending, or None for all."""
     if timesteps is None:
         if steps is None:
             return None
@@ -31,7 +54,7 @@ def parse_steps(
         return mode.choose(schedule, steps)
     if steps is not None:
         raise ValueError("steps and timesteps exclude each other: both choose the steps to make")
-    if isinstance(timesteps, (str, int)) or not isinstance(timesteps, Iterable):
+    if isinstance(timesteps, int) or not isinstance(timesteps, Iterable):
         raise TypeError(f"timesteps must be the steps' numbers, got {type(timesteps).__name__}")
     chosen = timesteps.tolist() if isinstance(timesteps, Tensor) else list(timesteps)
     if len(chosen) > 1 and chosen[0] < chosen[-1]:
@@ -121,7 +144,7 @@ def parse_time_input(time_input: str | TimeFunction, schedule: NoiseSchedule) ->
     if time_input == "auto":
         return None
     if time_input == "scaled":
-        if schedule.network_times.is_floating_point():
+        if schedule.name == "log_snr":
             raise ValueError("time_input='scaled' scales timesteps, and a log_snr schedule has none: use 'auto'")
         factor = 1000.0 / schedule.original_timesteps
         return lambda t: t.float() * factor

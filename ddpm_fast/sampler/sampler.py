@@ -68,12 +68,13 @@ class Sampler:
             has 2C output channels, the prediction first.
         solver: "ddpm" (ancestral), "ddim", "plms" (pseudo linear multistep), "dpmpp_2m" (DPM-Solver++ of second
             order), or "euler", "heun" and "euler_ancestral" (Karras et al. 2022, k-diffusion's, at the schedule's
-            own noise levels). "ddpm", "euler_ancestral" and "ddim" with `eta` add noise. "heun" calls the model
-            twice a step, but for the last.
+            own noise levels or at "karras" ones). "ddpm", "euler_ancestral" and "ddim" with `eta` add noise. "heun"
+            calls the model twice a step, but for the last.
         steps: how many of the schedule's T steps to make: None for all, an int, which chooses as the
             `reference` does, or a string such as "10,10,5", "ddim50" or "fast27" as
             :meth:`NoiseSchedule.respace` takes them.
-        timesteps: the steps to make, as strictly descending numbers of `schedule`, instead of `steps`.
+        timesteps: the steps to make, as strictly descending numbers of `schedule`, instead of `steps`; or "karras",
+            for the solvers from "dpmpp_2m" on: `steps` levels between timesteps (:meth:`NoiseSchedule.karras`).
         eta: DDIM's noise, from 0 (none) to 1 (DDPM's).
         clip: the range that x0 is clipped to: ``(low, high)``, None, or "auto" for the `reference`'s own:
             (-1, 1), and None for "latent-diffusion" and "annotated".
@@ -129,7 +130,7 @@ class Sampler:
         variance: str = "fixed_small",
         solver: str = "ddpm",
         steps: int | str | None = None,
-        timesteps: Iterable[int] | Tensor | None = None,
+        timesteps: Iterable[int] | Tensor | Literal["karras"] | None = None,
         eta: float = 0.0,
         clip: Literal["auto"] | tuple[float, float] | None = "auto",
         threshold: float | tuple[float, float] | None = None,
@@ -164,7 +165,7 @@ class Sampler:
         keyword = parse_self_condition(self_condition)
         noise_scale = parse_number("temperature", temperature, low=0.0)
         bounds, quantile = parse_clip(clip, mode.clip), parse_threshold(threshold)
-        positions = parse_steps(schedule, mode, steps, timesteps)
+        schedule, positions = parse_steps(schedule, mode, steps, timesteps, solver)
         edits_x0 = bounds is not None or quantile is not None or denoised_fn is not None
 
         self.model = model
