@@ -92,8 +92,7 @@ class Sampler:
             - "lucidrains": the same to the bit, without a draw in the last step.
             - "latent-diffusion": CompVis'; no clip, DDIM's and PLMS' steps are one later, and end at the
               abar of timestep 0.
-            - "diffusers": its schedulers' float32 coefficients. "guided" with the same `timesteps` is the
-              more accurate one.
+            - "diffusers": its schedulers' float32 coefficients. :meth:`from_diffusers` has accurate ones too.
             - "annotated": the Hugging Face article's float32 tables; no clip, epsilon, "fixed_small", DDPM.
         time_input: what the model gets as t: "auto" the timestep's original number (int64), and for a schedule
             of :meth:`NoiseSchedule.log_snr` the log signal-to-noise ratio (float32); "scaled" the number times
@@ -259,7 +258,13 @@ class Sampler:
 
     @classmethod
     def from_diffusers(
-        cls, scheduler: Any, unet: Callable[..., Any], *, use_clipped_model_output: bool = False, **options: Any
+        cls,
+        scheduler: Any,
+        unet: Callable[..., Any],
+        *,
+        use_clipped_model_output: bool = False,
+        coefficients: Literal["float32", "float64"] = "float32",
+        **options: Any,
     ) -> Sampler:
         """As a pipeline of diffusers with a DDPMScheduler or a DDIMScheduler samples.
 
@@ -271,6 +276,7 @@ class Sampler:
             scheduler: the live object.
             unet: the network; its `.sample` is taken.
             use_clipped_model_output: as in `DDIMScheduler.step`.
+            coefficients: "float32", its own, for its results; "float64", the same formulas exactly, for better ones.
 
         Raises:
             ImportError: diffusers is not installed.
@@ -279,7 +285,7 @@ class Sampler:
         """
         from ddpm_fast.interop import diffusers
 
-        return cls(unet, **diffusers.arguments(scheduler, options, use_clipped_model_output))
+        return cls(unet, **diffusers.arguments(scheduler, options, use_clipped_model_output, coefficients))
 
     # ------------------------------------------------------------------ what it was made of
 
