@@ -5,6 +5,7 @@ from ddpm_fast.ops.denoise import denoise
 from ddpm_fast.ops.noising import q_sample
 from ddpm_fast.ops.norm_act import group_norm_silu
 from ddpm_fast.ops.random import randn, random_timesteps
+from ddpm_fast.ops.rms_norm_act import rms_norm_silu
 
 __all__ = [
     "conv3x3",
@@ -15,4 +16,5 @@ __all__ = [
     "q_sample",
     "randn",
     "random_timesteps",
+    "rms_norm_silu",
 ]
