@@ -49,35 +49,49 @@ class Loop:
     Args:
         name: whose.
         shape: (N, C, H, W).
-        original: ``original(mark)`` prepares the loop, which draws from torch's generator; `mark` is called with the
-            network.
-        sampler: ``sampler(mark)``, the same for the Sampler.
+        original: ``original(network)`` prepares the loop, which draws from torch's generator.
+        sampler: ``sampler(network)``, the same for the Sampler.
+        output: what the network returns that does nothing.
         tolerance: of the two results' difference, 0 where they are bit-equal.
         arguments: what `sample` gets besides.
+        swapped: whether the original has the conditional half of a batch first.
         source: x_T and noise as the original draws them, called behind `torch.manual_seed`.
     """
 
     name: str
     shape: tuple[int, ...]
-    original: Callable[[Mark], Callable[[], Tensor]]
-    sampler: Callable[[Mark], df.Sampler]
+    original: Callable[[nn.Module], Callable[[], Tensor]]
+    sampler: Callable[[nn.Module], df.Sampler]
+    output: Tensor
     tolerance: float
     arguments: dict[str, Any] = field(default_factory=dict)
+    swapped: bool = False
     source: Callable[[], dict[str, Any]] = lambda: {"generator": torch.default_generator}
 
-    def ours(self, mark: Mark) -> Callable[[], Tensor]:
-        """The Sampler's loop, prepared."""
-        sampler = self.sampler(mark)
+    def theirs(self, mark: Mark = nothing) -> Callable[[], Tensor]:
+        """The original's loop with a network that does nothing, prepared."""
+        return self.original(Network(self.output, mark))
+
+    def ours(self, mark: Mark = nothing) -> Callable[[], Tensor]:
+        """The Sampler's, from a seed."""
+        return self.ours_with(self._ours(mark))
+
+    def ours_with(self, network: nn.Module) -> Callable[[], Tensor]:
+        sampler = self.sampler(network)
         return lambda: sampler.sample(self.shape, seed=0, **self.arguments)
 
     def error(self) -> float:
         """The largest difference of the two from the same torch seed."""
-        original, sampler = self.original(nothing), self.sampler(nothing)
+        original, sampler = self.theirs(), self.sampler(self._ours(nothing))
         torch.manual_seed(0)
         expected = original()[: self.shape[0]]
         torch.manual_seed(0)
         result = sampler.sample(self.shape, **self.source(), **self.arguments)
         return float((result - expected).abs().max())
+
+    def _ours(self, mark: Mark) -> Network:
+        output = torch.cat(self.output.chunk(2)[::-1]) if self.swapped else self.output
+        return Network(output, mark)
 
 
 def _output(seed: int, channels: int) -> Tensor:
@@ -86,8 +100,7 @@ def _output(seed: int, channels: int) -> Tensor:
 
 
 SCHEDULE = df.NoiseSchedule.linear(1000).respace(STEPS)
-CONDITION = {"model_kwargs": {"y": torch.ones(4)}, "uncond_kwargs": {"y": torch.zeros(4)}}
-CONDITIONAL, UNCONDITIONAL = _output(1, 3), _output(2, 3)
+LABELS, NO_LABELS = torch.ones(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
 
 
 def _guided(variance: ModelVarType) -> GaussianDiffusion:
@@ -95,31 +108,28 @@ def _guided(variance: ModelVarType) -> GaussianDiffusion:
 
 
 def _openai(variance: str) -> Loop:
-    output = CONDITIONAL if variance == "fixed_small" else _output(1, 6)
-
-    def original(mark: Mark) -> Callable[[], Tensor]:
-        diffusion, network = _guided(ModelVarType[variance.upper()]), Network(output, mark)
+    def original(network: nn.Module) -> Callable[[], Tensor]:
+        diffusion = _guided(ModelVarType[variance.upper()])
         return lambda: diffusion.p_sample_loop(network, IMAGES)
 
+    fixed = variance == "fixed_small"
     return Loop(
         f"guided-diffusion, {variance}",
         IMAGES,
         original,
-        lambda mark: df.Sampler(Network(output, mark), SCHEDULE, variance=variance),
-        tolerance=0.0 if variance == "fixed_small" else 4e-6,  # the exponential is ours
+        lambda network: df.Sampler(network, SCHEDULE, variance=variance),
+        output=_output(1, 3 if fixed else 6),
+        tolerance=0.0 if fixed else 4e-6,  # the exponential is ours
     )
 
 
 def _glide() -> Loop:
-    conditional, unconditional = _output(1, 6), _output(2, 6)
+    twice = (8, *IMAGES[1:])
 
-    def original(mark: Mark) -> Callable[[], Tensor]:
-        diffusion, network = (
-            _guided(ModelVarType.LEARNED_RANGE),
-            Network(torch.cat([conditional, unconditional]), mark),
-        )
+    def original(network: nn.Module) -> Callable[[], Tensor]:
+        diffusion = _guided(ModelVarType.LEARNED_RANGE)
 
-        def model_fn(x: Tensor, t: Tensor, **kwargs: Tensor) -> Tensor:
+        def model_fn(x: Tensor, t: Tensor) -> Tensor:
             half = x[: len(x) // 2]
             output = network(torch.cat([half, half]), t)
             epsilon, rest = output[:, :3], output[:, 3:]
@@ -127,34 +137,27 @@ def _glide() -> Loop:
             mixed = u + SCALE * (c - u)
             return torch.cat([torch.cat([mixed, mixed]), rest], dim=1)
 
-        return lambda: diffusion.p_sample_loop(model_fn, (8, *IMAGES[1:]))
-
-    def half_of_what_it_draws() -> dict[str, Any]:
-        twice = (8, *IMAGES[1:])
-        return {"x_T": torch.randn(twice)[:4], "noise": lambda draw, t, shape: torch.randn(twice)[:4]}
+        return lambda: diffusion.p_sample_loop(model_fn, twice)
 
     return Loop(
         "GLIDE, guidance",
         IMAGES,
         original,
-        lambda mark: df.Sampler(
-            Network(torch.cat([unconditional, conditional]), mark),
-            SCHEDULE,
-            variance="learned_range",
-            guidance_scale=SCALE,
-        ),
+        lambda network: df.Sampler(network, SCHEDULE, variance="learned_range", guidance_scale=SCALE),
+        output=torch.cat([_output(1, 6), _output(2, 6)]),
         tolerance=4e-6,  # the exponential is ours
-        arguments=CONDITION,
-        source=half_of_what_it_draws,
+        arguments={"model_kwargs": {"y": LABELS}, "uncond_kwargs": {"y": NO_LABELS}},
+        swapped=True,
+        source=lambda: {"x_T": torch.randn(twice)[:4], "noise": lambda draw, t, shape: torch.randn(twice)[:4]},
     )
 
 
 def _lucidrains() -> Loop:
     package = import_package()
 
-    def diffusion(mark: Mark) -> Any:
+    def diffusion(network: nn.Module) -> Any:
         return package.GaussianDiffusion(
-            Network(CONDITIONAL, mark),
+            network,
             image_size=64,
             timesteps=STEPS,
             beta_schedule="cosine",
@@ -162,8 +165,8 @@ def _lucidrains() -> Loop:
             auto_normalize=False,
         )
 
-    def original(mark: Mark) -> Callable[[], Tensor]:
-        process = diffusion(mark)
+    def original(network: nn.Module) -> Callable[[], Tensor]:
+        process = diffusion(network)
 
         def p_sample_loop() -> Tensor:
             """Theirs, without its progress bar."""
@@ -178,29 +181,27 @@ def _lucidrains() -> Loop:
         "lucidrains",
         IMAGES,
         original,
-        lambda mark: df.Sampler.from_lucidrains(diffusion(mark)),
+        lambda network: df.Sampler.from_lucidrains(diffusion(network)),
+        output=_output(1, 3),
         tolerance=0.0,
     )
 
 
 def _compvis() -> Loop:
-    conditional, unconditional = _output(1, 4), _output(2, 4)
-    both = torch.cat([unconditional, conditional])
-    y, null = torch.ones(4), torch.zeros(4)
-
-    def original(mark: Mark) -> Callable[[], Tensor]:
-        sampler = DDIMSampler(LatentDiffusion(Network(both, mark)), STEPS, 0.0)
-        return lambda: sampler.sample(LATENTS, y, null, SCALE)
+    def original(network: nn.Module) -> Callable[[], Tensor]:
+        sampler = DDIMSampler(LatentDiffusion(network), STEPS, 0.0)
+        return lambda: sampler.sample(LATENTS, LABELS, NO_LABELS, SCALE)
 
     return Loop(
         "CompVis DDIM, guidance",
         LATENTS,
         original,
-        lambda mark: df.Sampler.from_latent_diffusion(
-            LatentDiffusion(Network(both, mark)), solver="ddim", steps=STEPS, guidance_scale=SCALE
+        lambda network: df.Sampler.from_latent_diffusion(
+            LatentDiffusion(network), solver="ddim", steps=STEPS, guidance_scale=SCALE
         ),
+        output=torch.cat([_output(2, 4), _output(1, 4)]),
         tolerance=1e-4,  # nine float32 operations a step, on latents that grow to 30
-        arguments={"model_kwargs": {"c": y}, "uncond_kwargs": {"c": null}},
+        arguments={"model_kwargs": {"c": LABELS}, "uncond_kwargs": {"c": NO_LABELS}},
     )
 
 
@@ -210,8 +211,8 @@ def _diffusers() -> Loop:
         made.set_timesteps(STEPS)
         return made
 
-    def original(mark: Mark) -> Callable[[], Tensor]:
-        network, made = Network(CONDITIONAL, mark), scheduler()
+    def original(network: nn.Module) -> Callable[[], Tensor]:
+        made = scheduler()
 
         @torch.no_grad()
         def pipeline() -> Tensor:
@@ -227,7 +228,8 @@ def _diffusers() -> Loop:
         "diffusers DDPM",
         IMAGES,
         original,
-        lambda mark: df.Sampler.from_diffusers(scheduler(), Network(CONDITIONAL, mark)),
+        lambda network: df.Sampler.from_diffusers(scheduler(), network),
+        output=_output(1, 3),
         tolerance=2e-6,  # its scalars are float32
     )
 
