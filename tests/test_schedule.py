@@ -286,6 +286,15 @@ def test_spacings(spacing, expected):
     assert SCHEDULE.respace(4, spacing=spacing).timestep_map.tolist() == expected
 
 
+@pytest.mark.parametrize("name", ["linear", "cosine", "quadratic", "sigmoid", "scaled_linear"])
+def test_a_schedule_knows_what_made_it(name):
+    schedule = NoiseSchedule.named(name, 100)
+    assert schedule.name == schedule.respace(10).name == name
+    assert schedule.karras(3).name == "karras"
+    assert NoiseSchedule.from_betas([0.1, 0.2]).name == "from_betas"
+    assert NoiseSchedule.log_snr("cosine", 3).name == "log_snr"
+
+
 def test_all_steps_are_the_same_schedule():
     assert SCHEDULE.respace(1000) == SCHEDULE
     assert SCHEDULE.respace("1000") == SCHEDULE

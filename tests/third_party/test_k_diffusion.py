@@ -6,9 +6,11 @@ import itertools
 
 import pytest
 import torch
+from torch import Tensor
 
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.schedule import NoiseSchedule
+from tests.originals.latent_diffusion import LatentDiffusion
 from tests.originals.network import Net
 from tests.third_party.stand_ins import import_alone
 
@@ -45,6 +47,24 @@ def test_same_images_at_karras_levels(solver, steps, prediction):
     start = x_T * (sigmas[0] / (1 + sigmas[0] ** 2).sqrt()) if solver == "dpmpp_2m" else x_T
     result = sampler.sample(SHAPE, x_T=start, noise=noise)
     # Its sigmas are float32, and so is its state, which starts 15 times as large; measured 2.5e-6.
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+@torch.no_grad()
+def test_compvis_denoiser_with_a_condition_and_guidance():
+    ldm, x_T = LatentDiffusion(Net(4).eval()), torch.randn(2, 4, 8, 8)
+    y, null = torch.tensor([1.0, -2.0]), torch.zeros(2)
+    wrapper = external.CompVisDenoiser(ldm)
+    sigmas = sampling.get_sigmas_karras(10, wrapper.sigma_min.item(), wrapper.sigma_max.item())
+
+    def guided(x: Tensor, sigma: Tensor) -> Tensor:
+        """CFGDenoiser of the scripts that use it."""
+        uncond, cond = wrapper(torch.cat([x] * 2), torch.cat([sigma] * 2), cond=torch.cat([null, y])).chunk(2)
+        return uncond + (cond - uncond) * 5.0
+
+    expected = sampling.sample_euler(guided, x_T * sigmas[0], sigmas, disable=True)
+    sampler = Sampler.from_latent_diffusion(ldm, solver="euler", steps=10, timesteps="karras", guidance_scale=5.0)
+    result = sampler.sample((2, 4, 8, 8), x_T=x_T, model_kwargs={"c": y}, uncond_kwargs={"c": null})
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
