@@ -9,7 +9,8 @@ from typing import Any
 
 from ..nn import UNetConfig
 from .datasets import DATASETS
-from .loss import LOSSES, PREDICTIONS
+from ..solvers import PREDICTIONS
+from .loss import LOSSES
 
 LR_DECAYS = ("constant", "linear", "cosine")
 
@@ -61,7 +62,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, choices in (
             ("dataset", DATASETS),
-            ("loss", tuple(LOSSES)),
+            ("loss", LOSSES),
             ("prediction", tuple(p for p in PREDICTIONS if p != "x_prev")),
             ("lr_decay", LR_DECAYS),
         ):
