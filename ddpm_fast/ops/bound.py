@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_fast import backends
 from ddpm_fast.backends.reference import bound as reference
 from ddpm_fast.backends.reference.denoise import PREDICTIONS, VARIANCES
 from ddpm_fast.ops import _check

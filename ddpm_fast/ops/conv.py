@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ddpm_fast import backends
 from ddpm_fast.backends.reference import conv as reference
@@ -145,6 +146,18 @@ def pack(weight: Tensor) -> Tensor:
     return torch.cat([panel.reshape(-1) for panel in padded.split(widths, dim=2)])
 
 
+# Fused optimisers write into parameters without counting it in their version; so every step of any optimiser counts.
+_optimizer_steps = 0
+
+
+def _count_optimizer_step(*_: Any) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_optimizer_step)
+
+
 class PreparedConv3x3:
     """A weight (K, C, 3, 3) and what the kernel reads in its place, of the same size: see `prepare_conv3x3`."""
 
@@ -154,19 +167,20 @@ class PreparedConv3x3:
         self.weight = weight
         self._packed: Tensor | None = None
         self._source: Tensor | None = None
-        self._version = -1
+        self._version = (-1, -1)
 
     def packed(self) -> Tensor:
         """The packed weight, packed again where the weight has changed since the last call."""
         weight = self.weight
+        version = (weight._version, _optimizer_steps)
         # Holding the memory that was packed keeps its address from being given to another weight.
         if (
             self._packed is None
             or self._source is None
-            or self._version != weight._version
+            or self._version != version
             or self._source.data_ptr() != weight.data_ptr()
         ):
-            self._source, self._version = weight.detach(), weight._version
+            self._source, self._version = weight.detach(), version
             self._packed = pack(self._source)
         return self._packed
 
@@ -174,9 +188,9 @@ class PreparedConv3x3:
 def prepare_conv3x3(weight: Tensor) -> PreparedConv3x3:
     """Makes a weight ready for many calls of `conv3x3`.
 
-    The result follows the weight: it is packed at the first call and again after an in-place change (an optimiser's
-    step, `load_state_dict`) or when its memory is replaced. Writes through `weight.data`, which PyTorch does not
-    count, are not seen.
+    The result follows the weight: it is packed at the first call, and again after an in-place change
+    (`load_state_dict`), after a step of any optimiser, or when its memory is replaced. Writes through `weight.data`,
+    which PyTorch does not count, are not seen.
 
     Args:
         weight: (K, C, 3, 3), float32 on the CPU.

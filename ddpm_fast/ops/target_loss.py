@@ -16,9 +16,7 @@ _ARGUMENTS = (
     "Tensor output, Tensor x0, Tensor t, Tensor coefficients, Tensor? noise, Tensor? seed, Tensor? sample_ids, "
     "Tensor step, int stream, int distance, "
 )
-TARGET_LOSS = Operator(
-    "target_loss", _ARGUMENTS + "Tensor(a!) out", reference.target_loss, on=("reference", "cpu")
-)
+TARGET_LOSS = Operator("target_loss", _ARGUMENTS + "Tensor(a!) out", reference.target_loss, on=("reference", "cpu"))
 TARGET_LOSS_BACKWARD = Operator(
     "target_loss_backward",
     "Tensor grad_losses, " + _ARGUMENTS + "Tensor(a!) grad_output",

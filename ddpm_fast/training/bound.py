@@ -106,9 +106,7 @@ def bits_per_dim(
                 x_t, _ = q_sample(x0, t, schedule, row)
             output = call_network(model, x_t.to(dtype), network_time(schedule, t), model_kwargs or {}, channels)
             columns.append(
-                bound_terms(
-                    x0, x_t, output, t, coefficients, prediction=prediction, variance=kind, clip=bounds
-                )
+                bound_terms(x0, x_t, output, t, coefficients, prediction=prediction, variance=kind, clip=bounds)
             )
     vlb, x0_mse = (torch.stack(part, dim=1) for part in zip(*columns, strict=True))
     # x_t fixes x0 given epsilon and the other way round: their errors differ by a factor.

@@ -54,9 +54,9 @@ def diffusion_loss(
         schedule: the forward process, T steps.
         x0: ``(N, C, *)`` clean images, floating point in [-1, 1], or uint8, which becomes ``x / 127.5 - 1``.
         t: ``(N,)`` int64 timesteps in [0, T).
-        loss: "mse", "l1" or "huber" (quadratic below a difference of 1), which leave a learned variance untrained; "kl",
-            the term of the variational bound in bits per dimension; "rescaled_kl", T times that, an estimate of the
-            bound; "hybrid", mse + T / 1000 * kl in which only the learned variance gets a gradient from the second
+        loss: "mse", "l1" or "huber" (quadratic below a difference of 1), which leave a learned variance untrained;
+            "kl", the term of the variational bound in bits per dimension; "rescaled_kl", T times that, an estimate of
+            the bound; "hybrid", mse + T / 1000 * kl in which only the learned variance gets a gradient from the second
             (Nichol and Dhariwal 2021, eq. 16).
         prediction: what the network outputs: "epsilon"; "x0"; "v" (``sqrt(abar) noise - sqrt(1 - abar) x0``, Salimans
             and Ho 2022); "x_prev" (the mean of ``q(x_{t-1} | x_t, x0)``).
@@ -69,9 +69,9 @@ def diffusion_loss(
         noise: ``(N, C, *)`` standard normal noise to use.
         offset_noise: standard deviation of a number drawn once for each sample and channel and added to the noise
             (Guttenberg 2023, "Diffusion with Offset Noise"). Needs the seed.
-        self_condition: for half of the steps, chosen from the seed, the model runs twice, and gets its first estimate of
-            x0, without a gradient, as the keyword argument ``x_self_cond`` (or the one that a string names), else
-            None (Chen, Zhang and Hinton 2023, "Analog Bits", section 3).
+        self_condition: for half of the steps, chosen from the seed, the model runs twice, and gets its first
+            estimate of x0, without a gradient, as the keyword argument ``x_self_cond`` (or the one that a string
+            names), else None (Chen, Zhang and Hinton 2023, "Analog Bits", section 3).
         model_kwargs: further keyword arguments of the model, e.g. labels.
 
     Returns:
@@ -119,7 +119,9 @@ def _check(schedule: NoiseSchedule, x0: Any, loss: str, prediction: str, varianc
         if value not in choices:
             raise ValueError(f"{name} must be one of {choices}, got {value!r}")
     if loss == "hybrid" and variance not in _LEARNED:
-        raise ValueError(f"loss='hybrid' trains a learned variance: variance must be one of {_LEARNED}, got {variance!r}")
+        raise ValueError(
+            f"loss='hybrid' trains a learned variance: variance must be one of {_LEARNED}, got {variance!r}"
+        )
     if not isinstance(x0, Tensor):
         raise TypeError(f"x0 must be a tensor, got {type(x0).__name__}")
     if x0.requires_grad and loss not in reference.DISTANCES:
@@ -211,8 +213,8 @@ def _compared(
     distance = "mse" if loss == "hybrid" else loss
     coefficients = target_coefficients(schedule, prediction, x_t.device)
     mean = output[:, : x0.shape[1]]
-    noise = target_noise.get("noise")
-    if x0.requires_grad or (noise is not None and noise.requires_grad):
+    noise: Tensor | None = target_noise.get("noise")
+    if noise is not None and (x0.requires_grad or noise.requires_grad):
         losses = reference.losses(reference.difference(mean, as_image(x0), t, coefficients, noise), distance)
         losses = losses if x0.dtype == torch.float64 else losses.float()
     else:

@@ -36,7 +36,9 @@ def call_network(
     output = model(x_t, time, **kwargs)
     tensor = output if isinstance(output, Tensor) else getattr(output, "sample", None)
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"the model must return a tensor, or an output with .sample, it returned {type(output).__name__}")
+        raise TypeError(
+            f"the model must return a tensor, or an output with .sample, it returned {type(output).__name__}"
+        )
     expected = (x_t.shape[0], channels, *x_t.shape[2:])
     if tensor.shape != expected:
         raise ValueError(f"the model must return {expected}, it returned {tuple(tensor.shape)}")

@@ -150,7 +150,9 @@ def test_bytes_and_half_precision_outputs_are_read(backend: str) -> None:
 def test_the_layout_of_the_output_does_not_matter(backend: str) -> None:
     case = Case((4, 3, 9, 11), "epsilon", "learned_range")
     plain = case.ours(torch.float32, None)[0]
-    assert same_bits(case.ours(torch.float32, None, model_output=laid_out(case.output.float(), "channels_last"))[0], plain)
+    assert same_bits(
+        case.ours(torch.float32, None, model_output=laid_out(case.output.float(), "channels_last"))[0], plain
+    )
 
 
 def test_a_sample_alone_has_the_bits_it_has_in_a_batch(backend: str) -> None:
@@ -202,9 +204,7 @@ def test_the_kernels_gradient_is_the_references(
     for backend, with_mean in (("reference", True), ("reference", mean_gradient), ("cpu", mean_gradient)):
         output = laid_out(case.output.to(dtype), layout).requires_grad_()
         with df.use_backend(backend):
-            terms, _ = case.ours(
-                torch.float32, (-0.9, 0.9), layout, model_output=output, mean_gradient=with_mean
-            )
+            terms, _ = case.ours(torch.float32, (-0.9, 0.9), layout, model_output=output, mean_gradient=with_mean)
             (grad,) = torch.autograd.grad((terms * torch.tensor([1.0, -2.0, 3.0, 0.5])).sum(), output)
         assert grad.dtype == dtype
         grads.append(grad.double())

@@ -39,7 +39,7 @@ def _bins(x0: Tensor, mean: Tensor, log_variance: Tensor) -> tuple[Tensor, Tenso
 
 
 def _decoder(x0: Tensor, upper: Tensor, lower: Tensor, width: Tensor) -> Tensor:
-    """-log of the bin's probability: sigmoid(upper) - sigmoid(lower) = sigmoid(upper) sigmoid(-lower) (1 - e^-width)."""
+    """-log of a bin's probability, sigmoid(upper) - sigmoid(lower) = sigmoid(upper) sigmoid(-lower) (1 - e^-width)."""
     inner = F.softplus(-upper) + F.softplus(lower) - torch.log(-torch.expm1(-width))
     nll = torch.where(x0 < -_EDGE, F.softplus(-upper), torch.where(x0 > _EDGE, F.softplus(lower), inner))
     return nll.clamp(max=-math.log(_SMALLEST_PROBABILITY))

@@ -2,8 +2,8 @@
 
     target = noise_factor * noise + x0_factor * x0        loss = mean over a sample of d(output - target)
 
-with d(u) = u^2 ("mse"), |u| ("l1"), or u^2 / 2 below 1 and |u| - 1/2 above ("huber"). The noise is given, or drawn again
-from the seed that x_t was made with: nobody has to keep it while the network runs. In float64, and rounded once.
+with d(u) = u^2 ("mse"), |u| ("l1"), or u^2 / 2 below 1 and |u| - 1/2 above ("huber"). The noise is given, or drawn
+again from the seed that x_t was made with: nobody has to keep it while the network runs. In float64, and rounded once.
 """
 
 from __future__ import annotations
