@@ -6,6 +6,7 @@ from ddpm_fast.ops.denoise import denoise
 from ddpm_fast.ops.noising import noised, q_sample
 from ddpm_fast.ops.norm_act import group_norm_silu
 from ddpm_fast.ops.random import randn, random_timesteps
+from ddpm_fast.ops.rms_norm_act import rms_norm_silu
 from ddpm_fast.ops.target_loss import target_loss
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "q_sample",
     "randn",
     "random_timesteps",
+    "rms_norm_silu",
     "target_loss",
 ]
