@@ -5,6 +5,7 @@ from ddpm_fast.backends import available_backends, use_backend
 from ddpm_fast.ops import conv3x3, group_norm_silu, q_sample, randn, rms_norm_silu
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.schedule import NoiseSchedule
+from ddpm_fast.training.bound import bits_per_dim
 from ddpm_fast.training.loss import diffusion_loss
 
 __version__ = "0.1.0"
@@ -15,6 +16,7 @@ __all__ = [
     "accelerate",
     "acceleration_report",
     "available_backends",
+    "bits_per_dim",
     "conv3x3",
     "diffusion_loss",
     "group_norm_silu",

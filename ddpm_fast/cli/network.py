@@ -27,6 +27,7 @@ class Network:
     model: UNet
     schedule: NoiseSchedule
     prediction: str
+    variance: str
     shape: tuple[int, int, int]
     """(C, H, W) of a sample."""
 
@@ -64,4 +65,6 @@ def open_network(path: Path | None, image_size: int | None = None) -> Network:
     if side is None:
         raise UserError(f"{path} does not say how large its images are: give --image-size")
     shape = (model.config.in_channels, side, side)
-    return Network(path, model, schedule, metadata.get("prediction", "epsilon"), shape)
+    return Network(
+        path, model, schedule, metadata.get("prediction", "epsilon"), metadata.get("variance", "fixed_small"), shape
+    )
