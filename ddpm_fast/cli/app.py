@@ -97,6 +97,7 @@ Steps = Annotated[
 ]
 Solver = Annotated[str, typer.Option(help="ddpm (ancestral) or ddim.", metavar="NAME")]
 Eta = Annotated[float, typer.Option(help="Noise of ddim, from 0 (none) to 1 (that of ddpm).", metavar="X")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.", metavar="NAME")]
 MicroBatch = Annotated[int, typer.Option(help="Samples that the network sees at once.", metavar="N", min=1)]
 Threads = Annotated[
     int | None, typer.Option(help="Threads to use.", metavar="N", min=1, show_default="OMP_NUM_THREADS, else all cores")
@@ -276,14 +277,19 @@ def sample(
     ] = Format.grid,
     out: Annotated[Path, typer.Option(help="Folder to write to.", metavar="DIR")] = Path("samples"),
     micro_batch: MicroBatch = 8,
+    shard_size: Annotated[
+        int | None,
+        typer.Option(help="Samples in a file.", metavar="N", min=1, show_default="those of a micro-batch"),
+    ] = None,
+    device: Device = "cpu",
     threads: Threads = None,
 ) -> None:
     """Draw samples from a checkpoint.
 
     A sample's bits depend on the seed, its number, the solver's settings, the checkpoint and the size of
     the micro-batches, not on how the work is split: run again, the command makes only what is missing, and
-    under torchrun the processes share the work. manifest.json in the folder says how the samples were made;
-    a folder with other settings is refused.
+    under torchrun the processes share the work. manifest.json in the folder says how the samples were made,
+    and their checksums; a damaged file is made again, and a folder with other settings is refused.
 
     Exit status: 0 done, 2 wrong usage or input.
 
@@ -291,12 +297,24 @@ def sample(
     Examples:
       ddpm-fast sample -n 64 --steps 100
       ddpm-fast sample -n 10000 --seed 3 --solver ddim --steps 50 --format npy --out samples10k
-      torchrun --nproc-per-node=4 -m ddpm_fast sample -n 10000 --format npy --out samples10k
+      torchrun --nproc-per-node=4 -m ddpm_fast sample -n 50000 --shard-size 1000 --format npy --out fid
     """
     from ddpm_fast.cli.sample import Request, share, write_samples
 
     rank, world = share(os.environ)
-    request = Request(checkpoint, image_size, n, seed, _steps(steps), solver, eta, micro_batch, output=output.value)
+    request = Request(
+        checkpoint,
+        image_size,
+        n,
+        seed,
+        _steps(steps),
+        solver,
+        eta,
+        micro_batch,
+        output=output.value,
+        shard_size=shard_size,
+        device=device,
+    )
     made, found = write_samples(
         request, out, threads=threads, rank=rank, world=world, progress=rank == 0 and sys.stderr.isatty()
     )
@@ -315,7 +333,15 @@ def evaluate(
         Path | None,
         typer.Option(help="Samples to evaluate instead of drawing some: a folder that sample wrote.", metavar="DIR"),
     ] = None,
-    n: Annotated[int, typer.Option("-n", help="Number of samples to draw.", metavar="N", min=2)] = 1000,
+    inception: Annotated[
+        Path | None,
+        typer.Option(
+            help="Measure distances in Inception features: torch-fidelity's file of weights.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
+    n: Annotated[int, typer.Option("-n", help="Number of samples to draw.", metavar="N", min=4)] = 1000,
     seed: Seed = 0,
     steps: Steps = "100",
     solver: Solver = "ddpm",
@@ -325,11 +351,12 @@ def evaluate(
     micro_batch: MicroBatch = 8,
     threads: Threads = None,
 ) -> None:
-    """Measure samples: Frechet distance, confidence and entropy in the eyes of a classifier.
+    """Measure samples: Frechet distance, precision and recall, and confidence and entropy in a classifier's eyes.
 
-    The classifier is trained on the real images first, about a minute for fashion-mnist. Real test images and
-    pure noise stand beside the samples, as the two ends of the scale. Frechet distances depend on the number
-    of images: compare equal numbers only.
+    The classifier of fashion-mnist is shipped; one of digits is trained first, in seconds. Real test images
+    and pure noise stand beside the samples, as the two ends of the scale. Distances, precision and recall
+    depend on the number of images: compare equal numbers only. With --inception they are measured in the
+    features of Inception, for which torch-fidelity must be installed.
 
     Exit status: 0 done, 2 wrong usage or input.
 
@@ -346,10 +373,12 @@ def evaluate(
     from ddpm_fast.cli.evaluate import read_samples, real_images
     from ddpm_fast.cli.sample import Request, write_samples
     from ddpm_fast.evaluation import evaluate as measure
-    from ddpm_fast.evaluation import to_uint8
+    from ddpm_fast.evaluation import inception_features, load_classifier, to_uint8
 
     if dataset == Dataset.fashion_mnist and data is None:
         raise UserError("--dataset fashion-mnist needs --data, the folder that holds its files")
+    extractor = None if inception is None else inception_features(inception)
+    classifier = load_classifier() if dataset == Dataset.fashion_mnist else None
     real = real_images(dataset.value, data)
     if samples is not None:
         x = read_samples(samples)
@@ -359,7 +388,7 @@ def evaluate(
             write_samples(request, Path(folder), threads=threads, progress=sys.stderr.isatty())
             x = read_samples(Path(folder))
     torch.set_num_threads(threads or torch.get_num_threads())
-    print(measure(to_uint8(x), *real, seed=seed))
+    print(measure(to_uint8(x), *real, seed=seed, classifier=classifier, inception=extractor))
 
 
 @app.command()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ddpm_fast.cli.errors import UserError
-from ddpm_fast.cli.sample import MANIFEST
+from ddpm_fast.cli.sample import MANIFEST, is_intact, recorded_sums
 from ddpm_fast.training import ImageData, load_dataset
 
 _HELD_OUT_DIGITS = 360  # of scikit-learn's 1797, which come without a split
@@ -37,7 +37,7 @@ def read_samples(folder: Path) -> Tensor:
     """The samples that ``ddpm-fast sample`` wrote to a folder, float32 ``(N, C, H, W)``.
 
     Raises:
-        UserError: no such samples, not all of them, or pictures only.
+        UserError: no such samples, not all of them, damaged ones, or pictures only.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -51,4 +51,8 @@ def read_samples(folder: Path) -> Tensor:
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise UserError(f"{folder} is not complete, {missing[0]} is missing: run ddpm-fast sample again")
+    sums = recorded_sums(folder)
+    damaged = [file.name for file in files if not is_intact(file, sums)]
+    if damaged:
+        raise UserError(f"{folder / damaged[0]} is damaged or unfinished: run ddpm-fast sample again")
     return torch.from_numpy(np.concatenate([np.load(file) for file in files]))

@@ -29,6 +29,7 @@ class Network:
     prediction: str
     shape: tuple[int, int, int]
     """(C, H, W) of a sample."""
+    device: torch.device
 
     @property
     def digest(self) -> str:
@@ -40,22 +41,23 @@ class Network:
         classes = self.model.config.num_classes
         if classes is None:
             return {}
-        return {"y": torch.tensor([number % classes for number in sample_ids])}
+        return {"y": torch.tensor([number % classes for number in sample_ids], device=self.device)}
 
 
-def open_network(path: Path | None, image_size: int | None = None) -> Network:
+def open_network(path: Path | None, image_size: int | None = None, device: torch.device | str = "cpu") -> Network:
     """Load a checkpoint, the shipped one by default.
 
     Args:
         path: the file.
         image_size: side of the images, for a checkpoint that does not say.
+        device: where the network is to run.
 
     Raises:
         UserError: nothing is known of the images' size, or it contradicts the checkpoint.
         FileNotFoundError, ValueError: as :func:`load_checkpoint`.
     """
     path = SHIPPED if path is None else path
-    model, schedule, metadata = load_checkpoint(path)
+    model, schedule, metadata = load_checkpoint(path, device=device)
     training = metadata.get("training", {})
     side: int | None = _SIDES.get(training.get("dataset"), training.get("image_size"))
     if image_size is not None and side not in (None, image_size):
@@ -64,4 +66,4 @@ def open_network(path: Path | None, image_size: int | None = None) -> Network:
     if side is None:
         raise UserError(f"{path} does not say how large its images are: give --image-size")
     shape = (model.config.in_channels, side, side)
-    return Network(path, model, schedule, metadata.get("prediction", "epsilon"), shape)
+    return Network(path, model, schedule, metadata.get("prediction", "epsilon"), shape, torch.device(device))
