@@ -13,6 +13,7 @@ from ddpm_fast.scores import (
     timestep_from_sigma,
     x0_from_epsilon,
 )
+from ddpm_fast.training.bound import bits_per_dim
 from ddpm_fast.training.loss import diffusion_loss
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "accelerate",
     "acceleration_report",
     "available_backends",
+    "bits_per_dim",
     "conv3x3",
     "diffusion_loss",
     "epsilon_from_score",

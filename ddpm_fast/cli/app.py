@@ -188,7 +188,31 @@ def train(
     schedule: Annotated[str, typer.Option(help="linear, cosine, quadratic, sigmoid.", metavar="NAME")] = "linear",
     timesteps: Annotated[int, typer.Option(help="Steps of the schedule.", metavar="N", min=1)] = 1000,
     prediction: Annotated[str, typer.Option(help="epsilon, x0 or v.", metavar="NAME")] = "epsilon",
-    loss: Annotated[str, typer.Option(help="mse, l1 or huber.", metavar="NAME")] = "mse",
+    loss: Annotated[
+        str, typer.Option(help="mse, l1, huber, kl, rescaled_kl, or hybrid (learned variance).", metavar="NAME")
+    ] = "mse",
+    variance: Annotated[
+        str, typer.Option(help="fixed_small, fixed_large, learned or learned_range.", metavar="NAME")
+    ] = "fixed_small",
+    weighting: Annotated[
+        str | None, typer.Option(help="min_snr, p2 or truncated_snr.", metavar="NAME", show_default="none")
+    ] = None,
+    timestep_sampler: Annotated[
+        str, typer.Option(help="uniform, or loss_second_moment (importance sampling).", metavar="NAME")
+    ] = "uniform",
+    offset_noise: Annotated[float, typer.Option(help="Deviation of each channel's shared noise.", metavar="X")] = 0.0,
+    self_condition: Annotated[
+        bool, typer.Option("--self-condition", help="Let the network see its last estimate.")
+    ] = False,
+    precision: Annotated[str, typer.Option(help="float32 or bfloat16 (autocast).", metavar="NAME")] = "float32",
+    accumulate: Annotated[int, typer.Option(help="Parts that a batch is cut into.", metavar="N", min=1)] = 1,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Compute blocks twice, to need less memory.")
+    ] = False,
+    on_nan: Annotated[str, typer.Option(help="At a loss that is not finite: stop or skip.", metavar="NAME")] = "stop",
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Leave out images of a folder that cannot be read.")
+    ] = False,
     flip: Annotated[bool, typer.Option("--flip", help="Mirror half of the images.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of everything random.", metavar="N", min=0)] = 0,
     base_channels: Annotated[
@@ -214,6 +238,7 @@ def train(
       ddpm-fast train --dataset digits --steps 2000 --out digits
       ddpm-fast train --dataset fashion-mnist --data /usr/share/datasets/fashion-mnist
       ddpm-fast train --dataset folder --data photos --image-size 32 --flip --steps 100000
+      ddpm-fast train --dataset digits --variance learned_range --loss hybrid --timestep-sampler loss_second_moment
       ddpm-fast train --dataset digits --steps 2000 --out digits --resume
     """
     import torch
@@ -229,6 +254,7 @@ def train(
             "base_channels": base_channels,
             "channel_mult": None if channel_mult is None else _integers("--channel-mult", channel_mult),
             "dropout": dropout,
+            "self_condition": self_condition,
         },
         {
             "data_folder": None if data is None else str(data),
@@ -237,8 +263,15 @@ def train(
             "timesteps": timesteps,
             "prediction": prediction,
             "loss": loss,
+            "variance": variance,
+            "weighting": weighting,
+            "timestep_sampler": timestep_sampler,
+            "offset_noise": offset_noise,
             "steps": steps,
             "batch_size": batch_size,
+            "accumulate": accumulate,
+            "precision": precision,
+            "gradient_checkpointing": gradient_checkpointing,
             "learning_rate": learning_rate,
             "warmup_steps": warmup,
             "ema_decay": ema_decay,
@@ -249,7 +282,13 @@ def train(
     torch.set_num_threads(threads or torch.get_num_threads())
     try:
         result = run_training(
-            config, out, resume=resume, checkpoint_every=checkpoint_every, progress=sys.stderr.isatty()
+            config,
+            out,
+            resume=resume,
+            on_nan=on_nan,
+            unreadable="skip" if skip_unreadable else "stop",
+            checkpoint_every=checkpoint_every,
+            progress=sys.stderr.isatty(),
         )
     except FileExistsError as error:
         raise UserError(f"{out} already holds a run: go on with --resume, or choose another --out") from error
@@ -333,6 +372,9 @@ def evaluate(
         Path | None,
         typer.Option(help="Samples to evaluate instead of drawing some: a folder that sample wrote.", metavar="DIR"),
     ] = None,
+    bpd: Annotated[
+        bool, typer.Option("--bpd", help="Instead, bound the bits per dimension of -n real test images.")
+    ] = False,
     inception: Annotated[
         Path | None,
         typer.Option(
@@ -358,6 +400,10 @@ def evaluate(
     depend on the number of images: compare equal numbers only. With --inception they are measured in the
     features of Inception, for which torch-fidelity must be installed.
 
+    With --bpd no samples are drawn: the variational bound on the negative log-likelihood of test images is
+    evaluated, term by term, for the chain of --steps. Each image costs as many calls of the network as
+    there are steps.
+
     Exit status: 0 done, 2 wrong usage or input.
 
     \b
@@ -365,12 +411,14 @@ def evaluate(
       ddpm-fast eval --data /usr/share/datasets/fashion-mnist -n 1000 --steps 100
       ddpm-fast eval --data /usr/share/datasets/fashion-mnist --samples samples10k
       ddpm-fast eval --dataset digits --checkpoint digits/model.safetensors
+      ddpm-fast eval --data /usr/share/datasets/fashion-mnist --bpd -n 100 --steps 1000
     """
     import tempfile
 
     import torch
 
-    from ddpm_fast.cli.evaluate import read_samples, real_images
+    from ddpm_fast.cli.evaluate import measure_bound, read_samples, real_images
+    from ddpm_fast.cli.network import open_network
     from ddpm_fast.cli.sample import Request, write_samples
     from ddpm_fast.evaluation import evaluate as measure
     from ddpm_fast.evaluation import inception_features, load_classifier, to_uint8
@@ -380,6 +428,15 @@ def evaluate(
     extractor = None if inception is None else inception_features(inception)
     classifier = load_classifier() if dataset == Dataset.fashion_mnist else None
     real = real_images(dataset.value, data)
+    if bpd:
+        if samples is not None:
+            raise UserError("--bpd measures real test images: leave --samples out")
+        torch.set_num_threads(threads or torch.get_num_threads())
+        network = open_network(checkpoint, image_size)
+        chosen = network.schedule if (kept := _steps(steps)) is None else network.schedule.respace(kept)
+        images = real[1].images[:n]
+        print(measure_bound(network, chosen, images, seed=seed, batch=micro_batch, progress=sys.stderr.isatty()))
+        return
     if samples is not None:
         x = read_samples(samples)
     else:

@@ -27,6 +27,7 @@ class Network:
     model: UNet
     schedule: NoiseSchedule
     prediction: str
+    variance: str
     shape: tuple[int, int, int]
     """(C, H, W) of a sample."""
     device: torch.device
@@ -66,4 +67,5 @@ def open_network(path: Path | None, image_size: int | None = None, device: torch
     if side is None:
         raise UserError(f"{path} does not say how large its images are: give --image-size")
     shape = (model.config.in_channels, side, side)
-    return Network(path, model, schedule, metadata.get("prediction", "epsilon"), shape, torch.device(device))
+    prediction, variance = metadata.get("prediction", "epsilon"), metadata.get("variance", "fixed_small")
+    return Network(path, model, schedule, prediction, variance, shape, torch.device(device))

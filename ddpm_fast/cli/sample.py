@@ -86,6 +86,8 @@ class Job:
             network.model,
             network.schedule,
             prediction=network.prediction,
+            variance=network.variance,
+            self_condition=network.model.config.self_condition,
             solver=request.solver,
             steps=request.steps,
             eta=request.eta,

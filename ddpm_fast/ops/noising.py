@@ -29,6 +29,14 @@ NOISING_RANDOM = Operator(
     reference.noising_random,
 )
 
+NOISING_DRAWN = Operator(
+    "noising_drawn",
+    "Tensor x0, Tensor t, Tensor coefficients, Tensor seed, Tensor? sample_ids, Tensor step, int stream, "
+    "Tensor(a!) out",
+    reference.noising_drawn,
+    on=("reference", "cpu"),
+)
+
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -115,3 +123,44 @@ def q_sample(
     x_t = torch.empty_like(x0, dtype=dtype)
     NOISING[backends.choose(x_t)](x0, t, coefficients, _check.one_pixel_stride(noise), x_t)
     return x_t, noise
+
+
+def noised(
+    x0: Tensor,
+    t: Tensor,
+    schedule: NoiseSchedule,
+    *,
+    seed: int | Tensor,
+    sample_ids: Sequence[int] | Tensor | None = None,
+    step: int | Tensor = 0,
+) -> Tensor:
+    """The x_t of `q_sample`, to the bit, whose noise is made on the way and not kept: `target_loss` draws it again.
+
+    Args:
+        x0: (N, C, *) float32, or uint8 images.
+        t, schedule, seed, sample_ids, step: as for `q_sample`.
+
+    Returns:
+        (N, C, *) float32 in x0's layout, without a gradient.
+
+    Raises:
+        TypeError, ValueError: as `q_sample`, and for another dtype of x0.
+    """
+    _check_inputs(x0, t, schedule.timesteps, None)
+    if x0.dtype not in (torch.float32, torch.uint8):
+        raise ValueError(f"x0 must be float32 or uint8, not {x0.dtype}")
+    samples, device = x0.shape[0], x0.device
+    if not _check.is_dense(x0):
+        x0 = x0.contiguous()
+    x_t = torch.empty_like(x0, dtype=torch.float32, requires_grad=False)
+    NOISING_DRAWN[NOISING_DRAWN.choose(x_t)](
+        x0,
+        t,
+        schedule.noising_coefficients(device),
+        _check.seed_tensor(seed, device),
+        _check.sample_id_tensor(sample_ids, samples, device),
+        _check.counter_tensor(step, "step", samples, device),
+        _check.STREAMS["training"],
+        x_t,
+    )
+    return x_t

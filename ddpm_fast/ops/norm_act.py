@@ -82,8 +82,7 @@ class _NormAct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("group_norm_silu has no second derivative: call backward without create_graph=True")
+        _check.first_derivative_only("group_norm_silu")
         x, weight, bias, scale, shift, embedding, mean, rstd = ctx.saved_tensors
         needed = ctx.needs_input_grad
         grad_x = torch.empty_like(x)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,17 @@ from ..schedule import NoiseSchedule
 from .checkpoint import save_checkpoint
 from .config import TrainConfig
 from .datasets import ImageData, load_dataset
-from .ema import EMA
+from .ema import averaged_model
 from .files import write_atomically
 from .loss import diffusion_loss
-from .state import read_state, restore_state, save_state
+from .state import read_state, restore_state, save_state, start_moments
+from .timesteps import TIMESTEP_SAMPLERS
 
 STATE_FILE = "state.safetensors"
 MODEL_FILE = "model.safetensors"
 LOG_FILE = "log.jsonl"
+ON_NAN = ("stop", "skip")
+_NAMED = 8  # images that a message lists
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ def train(
     *,
     data: ImageData | None = None,
     resume: bool = False,
+    on_nan: str = "stop",
+    unreadable: str = "stop",
     device: torch.device | str = "cpu",
     log_every: int = 50,
     checkpoint_every: int = 500,
@@ -63,18 +69,25 @@ def train(
         output: folder for the files, made if missing.
         data: images (and labels for a network with classes) to train on; by default those that the config names.
         resume: go on from ``state.safetensors`` in `output`, or start where there is none. The config must be
-            the same, save for `data_folder`; `log_every` and `checkpoint_every` may change.
+            the same, save for `data_folder`; the other arguments may change.
+        on_nan: what to do where the loss or its gradient is not finite: "stop", with a checkpoint from before the step,
+            or "skip" the step with a warning; either names the step, the timesteps and the images.
+        unreadable: as for :func:`load_dataset`.
         device: where to train.
-        log_every: steps averaged in one row of the log: step, loss, learning rate, gradient norm, seconds so far.
+        log_every: steps averaged in one row of the log: step, loss, learning rate, gradient norm, seconds so far, and
+            how many were skipped.
         checkpoint_every: steps between checkpoints; the last step always writes one.
         progress: show a progress bar.
         callback: called as ``callback(step, loss)`` after every step and its checkpoint, step counted from 1.
 
     Raises:
         FileExistsError: `output` holds a run and `resume` is False.
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: the loss is not finite and `on_nan` is "stop", or all steps of an interval were skipped.
+        OSError: a checkpoint cannot be written, as on a full disk: the last one stays as it was.
         ValueError: data that does not fit the config, or a state of another run.
     """
+    if on_nan not in ON_NAN:
+        raise ValueError(f"on_nan must be one of {ON_NAN}, got {on_nan!r}")
     for name, value in (("log_every", log_every), ("checkpoint_every", checkpoint_every)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -84,7 +97,11 @@ def train(
         raise FileExistsError(f"{folder} already holds a run: resume it, or choose another folder")
     if data is None:
         data = load_dataset(
-            config.dataset, config.data_folder, image_size=config.image_size, channels=config.unet.in_channels
+            config.dataset,
+            config.data_folder,
+            image_size=config.image_size,
+            channels=config.unet.in_channels,
+            unreadable=unreadable,
         )
     _check_data(config, data)
     run = _Run(config, data, torch.device(device))
@@ -96,9 +113,16 @@ def train(
     bar = tqdm(total=config.steps, initial=run.step, disable=not progress, unit="step")
     with bar, open(folder / LOG_FILE, "a") as log:
         while run.step < config.steps:
-            loss = run.advance()
-            if run.interval_steps >= log_every or run.step == config.steps:
-                rows.append(run.close_interval())
+            closed = False
+            try:
+                loss = run.advance(skip=on_nan == "skip")
+                if run.interval_steps + run.skipped >= log_every or run.step == config.steps:
+                    rows.append(run.close_interval())
+                    closed = True
+            except FloatingPointError:
+                run.save(folder)
+                raise
+            if closed:
                 log.write(json.dumps(rows[-1]) + "\n")
                 log.flush()
                 bar.set_postfix(loss=f"{rows[-1]['loss']:.4f}", refresh=False)
@@ -107,7 +131,7 @@ def train(
             bar.update()
             if callback is not None:
                 callback(run.step, loss)
-    return TrainResult(run.ema.model, run.schedule, rows)
+    return TrainResult(run.average.module, run.schedule, rows)  # type: ignore[arg-type]
 
 
 class _Run:
@@ -121,98 +145,158 @@ class _Run:
         self.schedule = NoiseSchedule.named(config.schedule, config.timesteps)
         with _seeded(config.seed, device):
             self.model = UNet(config.unet).to(device)
-        self.ema = EMA(self.model, config.ema_decay)
+        self.model.set_gradient_checkpointing(config.gradient_checkpointing)
+        self.average = averaged_model(self.model, config.ema_decay)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
+        start_moments(self.model, self.optimizer)
+        self.timestep_sampler = TIMESTEP_SAMPLERS[config.timestep_sampler](config.timesteps)
         self.fingerprint = {"images": len(self.images), "crc32": zlib.crc32(self.images.numpy().tobytes())}
         self.step = 0
         self.seconds = 0.0
         self.interval_steps = 0
         self.interval_loss = 0.0
         self.interval_norm = 0.0
+        self.skipped = 0
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.int64)
 
-    def advance(self) -> float:
-        """Take one optimiser step; return its loss."""
+    def advance(self, skip: bool = False) -> float:
+        """Take one optimiser step; return its loss.
+
+        Raises:
+            FloatingPointError: the loss or its gradient is not finite; with `skip` that is a warning, and the weights
+                stay as they were.
+        """
         started = time.perf_counter()
         config, step = self.config, self.step
         rows = self._rows(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate_at(step)
+        t, weights = self.timestep_sampler.sample(len(rows), seed=config.seed, step=step)
+        losses = self._backward(rows, t, weights)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
+        value = (losses * weights).mean().item()
+        problem = _problem(step, losses, norm, t, rows)
+        if problem is not None and not skip:
+            raise FloatingPointError(problem)
+        if problem is None:
+            self.optimizer.step()
+            self.average.update_parameters(self.model)
+            self.timestep_sampler.update(t, losses)
+            self.interval_steps += 1
+            self.interval_loss += value
+            self.interval_norm += norm.item()
+        else:
+            warnings.warn(f"{problem}; the step is skipped", RuntimeWarning, stacklevel=2)
+            self.skipped += 1
+        self.optimizer.zero_grad()
+        self.step = step + 1
+        self.seconds += time.perf_counter() - started
+        return value
+
+    def _backward(self, rows: Tensor, t: Tensor, weights: Tensor) -> Tensor:
+        """Add the gradient of the weighted mean loss to the parameters'; the losses ``(N,)`` on the CPU."""
+        config, step = self.config, self.step
         images = self.images[rows]
         if config.flip:
             mirrored = randn((len(rows), 1), seed=config.seed, step=step, stream="augmentation")[:, 0] < 0
             images[mirrored] = images[mirrored].flip(-1)
-        labels = None if self.labels is None else self.labels[rows].to(self.device)
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate_at(step)
-        # Dropout is the only layer that draws from torch's own generator.
-        dropout = _seeded(_mix(config.seed, step), self.device) if config.unet.dropout > 0 else nullcontext()
-        with dropout:
-            loss = diffusion_loss(
-                self.model,
-                self.schedule,
-                images.to(self.device),
-                loss=config.loss,
-                prediction=config.prediction,
-                seed=config.seed,
-                step=step,
-                model_kwargs=None if labels is None else {"y": labels},
-            ).mean()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
-        value = loss.item()
-        if not torch.isfinite(norm) or value != value:
-            raise FloatingPointError(f"step {step}: loss {value}, gradient norm {norm.item()}")
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.ema.update(self.model, step)
-        self.step = step + 1
-        self.interval_steps += 1
-        self.interval_loss += value
-        self.interval_norm += norm.item()
-        self.seconds += time.perf_counter() - started
-        return value
+        losses = []
+        size = len(rows) // config.accumulate
+        for part in range(0, len(rows), size):
+            at = slice(part, part + size)
+            labels = None if self.labels is None else self.labels[rows[at]].to(self.device)
+            with ExitStack() as contexts:
+                if config.unet.dropout > 0:  # the only layer that draws from torch's own generator
+                    contexts.enter_context(_seeded(_mix(config.seed, step) + part, self.device))
+                if config.precision == "bfloat16":
+                    contexts.enter_context(torch.autocast(self.device.type, torch.bfloat16))
+                part_losses = diffusion_loss(
+                    self.model,
+                    self.schedule,
+                    images[at].to(self.device),
+                    t[at].to(self.device),
+                    loss=config.loss,
+                    prediction=config.prediction,
+                    variance=config.variance,
+                    weighting=config.weighting,
+                    offset_noise=config.offset_noise,
+                    self_condition=config.unet.self_condition,
+                    seed=config.seed,
+                    sample_ids=range(part, part + size),
+                    step=step,
+                    model_kwargs=None if labels is None else {"y": labels},
+                )
+            (part_losses * weights[at].to(self.device)).sum().div(len(rows)).backward()
+            losses.append(part_losses.detach().cpu())
+        return torch.cat(losses)
 
     def close_interval(self) -> dict[str, float]:
-        """The log's row for the steps since the last one."""
+        """The log's row for the steps since the last one.
+
+        Raises:
+            FloatingPointError: all of them were skipped.
+        """
         count = self.interval_steps
+        if count == 0:
+            raise FloatingPointError(f"step {self.step - 1}: the last {self.skipped} steps were all skipped")
         row = {
             "step": self.step,
             "loss": self.interval_loss / count,
             "gradient_norm": self.interval_norm / count,
             "learning_rate": self.config.learning_rate_at(self.step - 1),
             "seconds": round(self.seconds, 2),
+            "skipped": self.skipped,
         }
-        self.interval_steps, self.interval_loss, self.interval_norm = 0, 0.0, 0.0
+        self.interval_steps, self.interval_loss, self.interval_norm, self.skipped = 0, 0.0, 0.0, 0
         return row
 
     def save(self, folder: Path) -> None:
-        """Write both checkpoints."""
-        header = {
-            "config": _recorded(self.config),
-            "data": self.fingerprint,
-            "step": self.step,
-            "seconds": self.seconds,
-            "interval": [self.interval_steps, self.interval_loss, self.interval_norm],
-        }
-        save_state(folder / STATE_FILE, self.model, self.ema.model, self.optimizer, header)
+        """Write both checkpoints; raises OSError where they cannot be written, and leaves the last ones as they are."""
         metadata = {
             "prediction": self.config.prediction,
+            "variance": self.config.variance,
             "step": self.step,
             "seconds": round(self.seconds, 1),
             "training": _recorded(self.config),
         }
-        save_checkpoint(folder / MODEL_FILE, self.ema.model, self.schedule, metadata=metadata)
+        header = {
+            "config": _recorded(self.config),
+            "data": self.fingerprint,
+            "step": self.step,
+            "averaged": int(self.average.n_averaged),
+            "seconds": self.seconds,
+            "interval": [self.interval_steps, self.interval_loss, self.interval_norm, self.skipped],
+        }
+        average: UNet = self.average.module  # type: ignore[assignment]
+        try:
+            # The state last: what was killed in between makes the model again.
+            save_checkpoint(folder / MODEL_FILE, average, self.schedule, metadata=metadata)
+            save_state(folder / STATE_FILE, self.model, average, self.optimizer, self._others(), header)
+        except OSError as error:
+            raise OSError(
+                f"step {self.step}: no checkpoint could be written ({error}); the last one in {folder} is whole: "
+                f"resume from it when there is room"
+            ) from error
 
     def restore(self, path: Path) -> None:
         """Go back to a saved state. Raises ValueError where it belongs to another run."""
         tensors, header = read_state(path)
-        _check_same(path, "config", header["config"], _recorded(self.config))
+        # Fields that an older version did not have count as their defaults.
+        stored = _recorded(TrainConfig.from_dict(header["config"]))
+        _check_same(path, "config", stored, _recorded(self.config))
         _check_same(path, "data", header["data"], self.fingerprint)
-        restore_state(path, tensors, self.model, self.ema.model, self.optimizer)
+        restore_state(path, tensors, self.model, self.average.module, self.optimizer, self._others())
         self.step, self.seconds = header["step"], header["seconds"]
-        self.interval_steps, self.interval_loss, self.interval_norm = header["interval"]
+        self.average.n_averaged.fill_(header.get("averaged", self.step + 1))
+        self.interval_steps, self.interval_loss, self.interval_norm, *skipped = header["interval"]
+        self.skipped = sum(skipped)
+
+    def _others(self) -> dict[str, Tensor]:
+        """What else changes from step to step, to be saved and loaded into."""
+        return {f"timesteps.{name}": tensor for name, tensor in self.timestep_sampler.state().items()}
 
     def _rows(self, step: int) -> Tensor:
         """Which images a step sees: the next of this epoch's permutation; the rest that fills no batch is left out."""
@@ -222,6 +306,24 @@ class _Run:
             generator = torch.Generator().manual_seed(_mix(self.config.seed, epoch))
             self._order, self._epoch = torch.randperm(len(self.images), generator=generator), epoch
         return self._order[position * size : (position + 1) * size]
+
+
+def _problem(step: int, losses: Tensor, norm: Tensor, t: Tensor, rows: Tensor) -> str | None:
+    """What is not finite in a step, and where: images are counted as the data set has them."""
+    bad = ~torch.isfinite(losses)
+    if bad.any():
+        where = ", ".join(
+            f"{i} (image {rows[i]}, timestep {t[i]}): {losses[i]:g}" for i in bad.nonzero()[:, 0].tolist()[:_NAMED]
+        )
+        more = int(bad.sum()) - _NAMED
+        return f"step {step}: the loss is not finite at batch index {where}" + (f" and {more} more" if more > 0 else "")
+    if torch.isfinite(norm):
+        return None
+    worst = int(losses.argmax())
+    return (
+        f"step {step}: the gradient's norm is {norm.item():g}; the losses are finite, the largest {losses[worst]:g} at "
+        f"batch index {worst} (image {rows[worst]}, timestep {t[worst]})"
+    )
 
 
 def _recorded(config: TrainConfig) -> dict[str, Any]:

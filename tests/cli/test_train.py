@@ -49,10 +49,10 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
     assert cli("train", *SMALL, "--steps", 6, "--out", tmp_path / "whole").status == 0
     advance = trainer._Run.advance
 
-    def interrupted(run: trainer._Run) -> float:
+    def interrupted(run: trainer._Run, skip: bool) -> float:
         if run.step == 3:
             raise KeyboardInterrupt
-        return advance(run)
+        return advance(run, skip)
 
     monkeypatch.setattr(trainer._Run, "advance", interrupted)
     done = cli("train", *SMALL, "--steps", 6, "--out", tmp_path / "cut")

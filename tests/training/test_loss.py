@@ -73,7 +73,7 @@ def test_draws_come_from_their_streams(x0: Tensor) -> None:
     x_t, noise = q_sample(x0, t, SCHEDULE, seed=5, sample_ids=ids, step=3)
     expected = F.mse_loss(model(x_t, t), noise, reduction="none").flatten(1).mean(1)
     got = diffusion_loss(model, SCHEDULE, x0, seed=5, sample_ids=ids, step=3)
-    assert got.equal(expected)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)  # the same numbers, summed in another order
     assert diffusion_loss(model, SCHEDULE, x0[1:2], seed=5, sample_ids=[1], step=3).equal(got[1:2])
     assert not diffusion_loss(model, SCHEDULE, x0, seed=5, sample_ids=ids, step=4).equal(got)
 
