@@ -223,13 +223,15 @@ def train(
     ] = None,
     dropout: Annotated[float, typer.Option(help="Dropout in the residual blocks.", metavar="X")] = 0.0,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.", metavar="N", min=1)] = 500,
+    device: Device = "cpu",
     threads: Threads = None,
 ) -> None:
     """Train a network.
 
     Writes model.safetensors (averaged weights, what the other commands take), state.safetensors (what
-    --resume needs) and log.jsonl. A run that was interrupted and resumed ends with the same bits. The
-    defaults are the recipe of the shipped checkpoint.
+    --resume needs) and log.jsonl. A run that was interrupted and resumed ends with the same bits. Under
+    torchrun the processes share each batch, of --batch-size images in all. The defaults are the recipe of the
+    shipped checkpoint.
 
     Exit status: 0 done, 1 the loss is not finite, 2 wrong usage or input.
 
@@ -240,11 +242,15 @@ def train(
       ddpm-fast train --dataset folder --data photos --image-size 32 --flip --steps 100000
       ddpm-fast train --dataset digits --variance learned_range --loss hybrid --timestep-sampler loss_second_moment
       ddpm-fast train --dataset digits --steps 2000 --out digits --resume
+      torchrun --nproc-per-node=2 -m ddpm_fast train --dataset digits --batch-size 128 --out digits
     """
     import torch
 
+    from ddpm_fast.cli.network import device_of
+    from ddpm_fast.cli.sample import share
     from ddpm_fast.cli.train import configuration
     from ddpm_fast.training import train as run_training
+    from ddpm_fast.training.group import process_group
 
     if dataset != Dataset.digits and data is None:
         raise UserError(f"--dataset {dataset.value} needs --data, the folder that holds its files")
@@ -279,24 +285,29 @@ def train(
             "seed": seed,
         },
     )
+    rank, _ = share(os.environ)
+    place = device_of(device)
     torch.set_num_threads(threads or torch.get_num_threads())
     try:
-        result = run_training(
-            config,
-            out,
-            resume=resume,
-            on_nan=on_nan,
-            unreadable="skip" if skip_unreadable else "stop",
-            checkpoint_every=checkpoint_every,
-            progress=sys.stderr.isatty(),
-        )
+        with process_group(place):
+            result = run_training(
+                config,
+                out,
+                resume=resume,
+                on_nan=on_nan,
+                unreadable="skip" if skip_unreadable else "stop",
+                device=place,
+                checkpoint_every=checkpoint_every,
+                progress=sys.stderr.isatty(),
+            )
     except FileExistsError as error:
         raise UserError(f"{out} already holds a run: go on with --resume, or choose another --out") from error
     except KeyboardInterrupt as error:
         raise Interrupted(
             f"interrupted: the same command with --resume goes on from {out}'s last checkpoint"
         ) from error
-    print(f"wrote {out / 'model.safetensors'} (loss {result.log[-1]['loss']:.4f} over the last steps)")
+    if rank == 0:
+        print(f"wrote {out / 'model.safetensors'} (loss {result.log[-1]['loss']:.4f} over the last steps)")
 
 
 @app.command()

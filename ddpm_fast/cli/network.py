@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,24 @@ class Network:
         if classes is None:
             return {}
         return {"y": torch.tensor([number % classes for number in sample_ids], device=self.device)}
+
+
+def device_of(name: str) -> torch.device:
+    """The device called `name`; "cuda" is this process's own GPU, as torchrun numbers the processes of a machine.
+
+    Raises:
+        UserError: no such device.
+    """
+    if name not in ("cpu", "cuda"):
+        raise UserError(f"--device must be cpu or cuda, got {name!r}")
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda: this torch sees no GPU")
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    if number >= torch.cuda.device_count():
+        raise UserError(f"process {number} of this machine has no GPU: it has {torch.cuda.device_count()}")
+    return torch.device("cuda", number)
 
 
 def open_network(path: Path | None, image_size: int | None = None, device: torch.device | str = "cpu") -> Network:

@@ -35,7 +35,7 @@ from tqdm import tqdm
 import ddpm_fast
 from ddpm_fast.cli import images
 from ddpm_fast.cli.errors import UserError
-from ddpm_fast.cli.network import Network, open_network
+from ddpm_fast.cli.network import Network, device_of, open_network
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.training.files import write_atomically
 
@@ -155,24 +155,6 @@ class Job:
     def calls(self, shards: list[Shard]) -> int:
         """How often the network is called for them."""
         return sum(math.ceil(shard.count / self.request.micro_batch) for shard in shards) * self.sampler.steps
-
-
-def device_of(name: str) -> torch.device:
-    """The device called `name`; "cuda" is this process's own GPU, as torchrun numbers the processes of a machine.
-
-    Raises:
-        UserError: no such device.
-    """
-    if name not in ("cpu", "cuda"):
-        raise UserError(f"--device must be cpu or cuda, got {name!r}")
-    if name == "cpu":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UserError("--device cuda: this torch sees no GPU")
-    number = int(os.environ.get("LOCAL_RANK", "0"))
-    if number >= torch.cuda.device_count():
-        raise UserError(f"process {number} of this machine has no GPU: it has {torch.cuda.device_count()}")
-    return torch.device("cuda", number)
 
 
 def _processor(device: torch.device) -> str:

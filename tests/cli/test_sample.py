@@ -220,7 +220,7 @@ def test_a_killed_worker_of_three_is_made_good_by_two(checkpoint: Path, cli: Cli
     options = ["-n", "60", "--micro-batch", "2", "--checkpoint", str(checkpoint), "--format", "npy"]
     assert cli("sample", *options, "--threads", 1, "--out", tmp_path / "whole").status == 0
     folder = tmp_path / "s"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--master-port=0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = ["-m", "ddpm_fast", "sample", *options, "--out", str(folder)]
     process = subprocess.Popen(
         [*torchrun, "--nproc-per-node=3", *command],
