@@ -138,12 +138,17 @@ def pack(weight: Tensor) -> Tensor:
     multiple of four.
     """
     outputs, channels = weight.shape[:2]
+    rows = -(-channels // 4) * 4
+    taps = weight.permute(1, 2, 3, 0).reshape(channels, 9, outputs)
     count = -(-outputs // _PANEL)
     last = outputs - (count - 1) * _PANEL
-    widths = [_PANEL] * (count - 1) + [_PANEL // 2 if last <= _PANEL // 2 else _PANEL]
-    padded = weight.new_zeros((-(-channels // 4) * 4, 9, sum(widths)))
-    padded[:channels, :, :outputs] = weight.permute(1, 2, 3, 0).reshape(channels, 9, outputs)
-    return torch.cat([panel.reshape(-1) for panel in padded.split(widths, dim=2)])
+    width = _PANEL // 2 if last <= _PANEL // 2 else _PANEL
+    packed = weight.new_zeros(rows * 9 * ((count - 1) * _PANEL + width))
+    if count > 1:
+        whole = packed[: rows * 9 * (count - 1) * _PANEL].view(count - 1, rows, 9, _PANEL)
+        whole[:, :channels] = taps[:, :, :-last].unflatten(2, (count - 1, _PANEL)).permute(2, 0, 1, 3)
+    packed[-rows * 9 * width :].view(rows, 9, width)[:channels, :, :last] = taps[:, :, -last:]
+    return packed
 
 
 # Fused optimisers write into parameters without counting it in their version; so every step of any optimiser counts.

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from ddpm_fast.cli import evaluate
+from ddpm_fast.cli.network import open_network
 from ddpm_fast.evaluation import load_classifier
-from ddpm_fast.training import ImageData, load_dataset
+from ddpm_fast.training import ImageData, bits_per_dim, load_dataset
 
 from .conftest import Outcome
 
@@ -79,6 +80,23 @@ def test_the_shards_are_read_in_order(cli: Cli, checkpoint: Path, tmp_path: Path
     assert "samples-00003.npy is missing" in done.err
 
 
+def test_bits_per_dimension_of_test_images(cli: Cli, checkpoint: Path) -> None:
+    pytest.importorskip("sklearn")
+    options = ["--dataset", "digits", "--bpd", "--seed", 3, "--steps", 5, "--checkpoint", checkpoint]
+    done = cli("eval", *options, "-n", 7, "--micro-batch", 3)
+    assert (done.status, done.err) == (0, "")
+    assert done.out.startswith("bits per dimension of 7 test images, 5 steps")
+    shown = {line.split()[0]: float(line.split("+-")[0].split()[-1]) for line in done.out.splitlines()[1:5]}
+    images = load_dataset("digits").images[-360:][:7]
+    network = open_network(checkpoint)
+    exact = bits_per_dim(network.model, network.schedule.respace(5), images, seed=3)
+    # Printed to four decimals; the network's own layers round otherwise in another batch.
+    assert shown["total"] == pytest.approx(float(exact.total.mean()), rel=1e-4)
+    assert shown["L_T,"] == pytest.approx(float(exact.prior.mean()), abs=6e-5)
+    assert shown["L_0,"] == pytest.approx(float(exact.vlb[:, -1].mean()), rel=1e-4)
+    assert shown["L_1"] == pytest.approx(float(exact.vlb[:, :-1].sum(1).mean()), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -89,6 +107,9 @@ def test_the_shards_are_read_in_order(cli: Cli, checkpoint: Path, tmp_path: Path
         (["--dataset", "digits", "--checkpoint", "nowhere"], "nowhere"),
         (["--dataset", "digits", "--inception", "nowhere"], "no Inception weights at nowhere"),
         (["--dataset", "digits", "--inception", __file__], "need torch-fidelity: pip install torch-fidelity"),
+        (["--dataset", "digits", "--bpd", "--checkpoint", "nowhere"], "nowhere"),
+        (["--dataset", "digits", "--bpd", "--samples", "s"], "leave --samples out"),
+        (["--dataset", "digits", "--bpd"], "fashion-mnist.safetensors draws"),
     ],
     ids=lambda value: " ".join(Path(v).name for v in value) or "nothing" if isinstance(value, list) else "",
 )
