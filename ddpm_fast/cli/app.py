@@ -394,7 +394,7 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    n: Annotated[int, typer.Option("-n", help="Number of samples to draw.", metavar="N", min=4)] = 1000,
+    n: Annotated[int, typer.Option("-n", help="Number of samples to draw.", metavar="N", min=2)] = 1000,
     seed: Seed = 0,
     steps: Steps = "100",
     solver: Solver = "ddpm",
@@ -436,6 +436,8 @@ def evaluate(
 
     if dataset == Dataset.fashion_mnist and data is None:
         raise UserError("--dataset fashion-mnist needs --data, the folder that holds its files")
+    if n < 4 and not bpd:
+        raise UserError(f"precision and recall look at three neighbours of each image: -n must be at least 4, got {n}")
     extractor = None if inception is None else inception_features(inception)
     classifier = load_classifier() if dataset == Dataset.fashion_mnist else None
     real = real_images(dataset.value, data)

@@ -108,6 +108,7 @@ def test_bits_per_dimension_of_test_images(cli: Cli, checkpoint: Path) -> None:
         (["--dataset", "digits", "--inception", "nowhere"], "no Inception weights at nowhere"),
         (["--dataset", "digits", "--inception", __file__], "need torch-fidelity: pip install torch-fidelity"),
         (["--dataset", "digits", "--bpd", "--checkpoint", "nowhere"], "nowhere"),
+        (["--dataset", "digits", "-n", "3"], "-n must be at least 4, got 3"),
         (["--dataset", "digits", "--bpd", "--samples", "s"], "leave --samples out"),
         (["--dataset", "digits", "--bpd"], "fashion-mnist.safetensors draws"),
     ],
