@@ -148,6 +148,30 @@ def test_the_bound_brackets_the_likelihood():
     assert (flow - exact[:1000]).mean().abs().item() < 0.005
 
 
+def test_bits_per_dim_bound_the_entropy_of_bytes():
+    """One pixel of 256 values, whose probabilities and best denoiser are known: no bound lies below -log2 p."""
+    values = torch.arange(256, dtype=torch.float64) / 127.5 - 1.0
+    bumps = [w * torch.exp(-0.5 * ((values - m) / s) ** 2) / s for w, m, s in ((0.3, -0.5, 0.1), (0.7, 0.4, 0.2))]
+    p = sum(bumps) / sum(bumps).sum()
+
+    def epsilon(x: Tensor, t: Tensor) -> Tensor:
+        abar, x = SCHEDULE.alphas_cumprod[t][:, None], x.double()
+        posterior = torch.softmax(p.log() - 0.5 * (x - abar.sqrt() * values) ** 2 / (1.0 - abar), dim=1)
+        x0 = (posterior * values).sum(1, keepdim=True)
+        return ((x - abar.sqrt() * x0) / (1.0 - abar).sqrt()).float()
+
+    bytes_ = torch.multinomial(p, 4000, replacement=True, generator=torch.Generator().manual_seed(0))
+    x0 = values[bytes_, None].float()
+    gaps, errors = [], []
+    for steps in (20, 100):
+        total = df.bits_per_dim(epsilon, SCHEDULE.respace(steps), x0, variance="fixed_large").total.double()
+        difference = total + p[bytes_].log2()
+        gaps.append(difference.mean().item())
+        errors.append(difference.std().item() / math.sqrt(len(x0)))
+    assert gaps[0] > gaps[1] > 3 * errors[1]
+    assert gaps[1] + 3 * errors[1] < 0.3
+
+
 def bound(x0: Tensor, schedule: df.NoiseSchedule) -> Tensor:
     """Of -log p(x0), ``(N,)`` nats: L_T + sum of L_{t-1} + L_0 (Ho et al. 2020, eq. 5), one draw of x_t a term.
 
