@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ddpm_fast.cli.errors import UserError
 from ddpm_fast.cli.network import Network
-from ddpm_fast.cli.sample import MANIFEST
+from ddpm_fast.cli.sample import MANIFEST, is_intact, recorded_sums
 from ddpm_fast.ops import randn
 from ddpm_fast.schedule import NoiseSchedule
 from ddpm_fast.training import BitsPerDim, ImageData, bits_per_dim, load_dataset
@@ -42,7 +42,7 @@ def read_samples(folder: Path) -> Tensor:
     """The samples that ``ddpm-fast sample`` wrote to a folder, float32 ``(N, C, H, W)``.
 
     Raises:
-        UserError: no such samples, not all of them, or pictures only.
+        UserError: no such samples, not all of them, damaged ones, or pictures only.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -56,6 +56,10 @@ def read_samples(folder: Path) -> Tensor:
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise UserError(f"{folder} is not complete, {missing[0]} is missing: run ddpm-fast sample again")
+    sums = recorded_sums(folder)
+    damaged = [file.name for file in files if not is_intact(file, sums)]
+    if damaged:
+        raise UserError(f"{folder / damaged[0]} is damaged or unfinished: run ddpm-fast sample again")
     return torch.from_numpy(np.concatenate([np.load(file) for file in files]))
 
 

@@ -15,7 +15,10 @@ from ddpm_fast.sampler.inpaint import BLENDS
 from ddpm_fast.sampler.network import TimeFunction
 from ddpm_fast.sampler.step import Hooks
 from ddpm_fast.schedule import NoiseSchedule, kept_steps
-from ddpm_fast.solvers import SIGMA_SOLVERS
+from ddpm_fast.solvers import SIGMA_SOLVERS, check_snr
+
+HISTORIES = ("plms", "dpmpp_2m")
+"""Solvers whose steps depend on the ones before."""
 
 
 def parse_steps(
@@ -89,6 +92,19 @@ def parse_hooks(
         if cond_mode == "score" and prediction == "x_prev":
             raise ValueError("cond_mode='score' changes epsilon, which prediction='x_prev' makes no use of")
     return Hooks(rescale, denoised_fn, cond_fn, cond_mode)
+
+
+def parse_corrector(corrector_steps: int, corrector_snr: float, solver: str, hooks: Hooks) -> int:
+    check_snr(corrector_snr)
+    if isinstance(corrector_steps, bool) or not isinstance(corrector_steps, int):
+        raise TypeError(f"corrector_steps must be an int, got {type(corrector_steps).__name__}")
+    if corrector_steps < 0:
+        raise ValueError(f"corrector_steps must be at least 0, got {corrector_steps}")
+    if corrector_steps > 0 and solver in HISTORIES:
+        raise ValueError(f"solver={solver!r} has a history, which a corrector would belie: corrector_steps=0")
+    if corrector_steps > 0 and hooks.cond_fn is not None and hooks.cond_mode == "mean":
+        raise ValueError("cond_mode='mean' moves the mean of a DDPM step: use 'score' with corrector_steps")
+    return corrector_steps
 
 
 def parse_self_condition(self_condition: bool | str) -> str | None:

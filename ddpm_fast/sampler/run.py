@@ -29,9 +29,10 @@ class Run:
         source: NoiseSource,
         timesteps: list[int],
         inpainting: Inpainting | None = None,
+        corrector: Step | None = None,
     ) -> None:
         self.apply, self.x, self.network, self.source, self.timesteps = step, x, network, source, timesteps
-        self.inpainting = inpainting
+        self.inpainting, self.corrector = inpainting, corrector
         solver = step.table.solver
         self.history = History() if solver == "plms" else None
         # The x0 of the step before, which a self-conditioned network is told, and solvers of second order use.
@@ -65,6 +66,8 @@ class Run:
     def _once(self, i: int, arguments: Callable[[int, bool], dict[str, Any]], x0: Tensor | None) -> None:
         """Step i itself."""
         x = self.x
+        if self.corrector is not None:
+            self._correct(self.corrector, i)
         output, unconditional = self._network(i)
         noise = arguments(i, self.apply.stochastic)
         if self.history is not None:
@@ -79,6 +82,14 @@ class Run:
             self._heun(i, start)
         if self.last_x0 is not None and self.x0 is not None and i > 0:
             x.addcmul_(self.x0 - self.last_x0, self.weights[i])
+
+    def _correct(self, corrector: Step, i: int) -> None:
+        """The corrector's updates, at the noise level that step i starts from."""
+        updates = corrector.table.steps // len(self.timesteps)
+        for row in range(i * updates, (i + 1) * updates):
+            output, unconditional = self._network(i)
+            noise = self.source.correction(i)
+            corrector(self.x, output, unconditional, row, noise, out=self.x, x0_out=None, gradient=self.gradient(i))
 
     def _heun(self, i: int, start: Tensor) -> None:
         """From the end of an Euler step, which the state is, to that of Heun's."""

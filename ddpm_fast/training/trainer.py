@@ -1,12 +1,15 @@
 """The training loop: AdamW on the diffusion loss, an averaged copy of the weights, checkpoints to resume from.
 
 Whatever a step draws (order of the data, timesteps, noise, flips, dropout) is a function of the seed and the step's
-number, so a run that was interrupted and resumed ends with the weights it would have ended with anyway.
+number, so a run that was interrupted and resumed ends with the weights it would have ended with anyway. Several
+processes share each batch; what is drawn for an image depends on its place in the whole batch, and so not on how many
+there are.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
 import warnings
 import zlib
@@ -28,6 +31,7 @@ from .config import TrainConfig
 from .datasets import ImageData, load_dataset
 from .ema import averaged_model
 from .files import write_atomically
+from .group import Group
 from .loss import diffusion_loss
 from .state import read_state, restore_state, save_state, start_moments
 from .timesteps import TIMESTEP_SAMPLERS
@@ -64,6 +68,11 @@ def train(
 ) -> TrainResult:
     """Train a U-Net; write ``model.safetensors`` (averaged weights), ``state.safetensors`` and ``log.jsonl``.
 
+    Where torch.distributed's default process group is initialised, its processes train one network: each calls this
+    function with the same arguments and takes its part of every batch, DistributedDataParallel averages the gradients,
+    and rank 0 writes the files, into a folder that all of them see. Timesteps, noise and flips are those of one
+    process; dropout differs with the number of processes, and the sums of gradients are rounded differently.
+
     Args:
         config: the run's settings.
         output: folder for the files, made if missing.
@@ -84,7 +93,8 @@ def train(
         FileExistsError: `output` holds a run and `resume` is False.
         FloatingPointError: the loss is not finite and `on_nan` is "stop", or all steps of an interval were skipped.
         OSError: a checkpoint cannot be written, as on a full disk: the last one stays as it was.
-        ValueError: data that does not fit the config, or a state of another run.
+        ValueError: data that does not fit the config, a state of another run, or fewer images in a part of a batch than
+            there are processes.
     """
     if on_nan not in ON_NAN:
         raise ValueError(f"on_nan must be one of {ON_NAN}, got {on_nan!r}")
@@ -107,11 +117,14 @@ def train(
     run = _Run(config, data, torch.device(device))
     if state_path.exists():
         run.restore(state_path)
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = _rows_until(folder / LOG_FILE, run.step)
+    run.group.agree("step", run.step)
+    writes = run.group.rank == 0
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+    rows = _rows_until(folder / LOG_FILE, run.step, cut=writes)
 
-    bar = tqdm(total=config.steps, initial=run.step, disable=not progress, unit="step")
-    with bar, open(folder / LOG_FILE, "a") as log:
+    bar = tqdm(total=config.steps, initial=run.step, disable=not progress or not writes, unit="step")
+    with bar, open(folder / LOG_FILE if writes else os.devnull, "a") as log:
         while run.step < config.steps:
             closed = False
             try:
@@ -120,13 +133,15 @@ def train(
                     rows.append(run.close_interval())
                     closed = True
             except FloatingPointError:
-                run.save(folder)
+                if writes:
+                    run.save(folder)
+                run.group.wait()
                 raise
             if closed:
                 log.write(json.dumps(rows[-1]) + "\n")
                 log.flush()
                 bar.set_postfix(loss=f"{rows[-1]['loss']:.4f}", refresh=False)
-            if run.step % checkpoint_every == 0 or run.step == config.steps:
+            if writes and (run.step % checkpoint_every == 0 or run.step == config.steps):
                 run.save(folder)
             bar.update()
             if callback is not None:
@@ -140,12 +155,19 @@ class _Run:
     def __init__(self, config: TrainConfig, data: ImageData, device: torch.device) -> None:
         self.config = config
         self.device = device
+        self.group = Group(device)
+        if config.batch_size // config.accumulate < self.group.size:
+            raise ValueError(
+                f"{self.group.size} processes share parts of {config.batch_size // config.accumulate} images "
+                f"(batch_size / accumulate): each needs at least one"
+            )
         self.images = data.images
         self.labels = data.labels if config.unet.num_classes is not None else None
         self.schedule = NoiseSchedule.named(config.schedule, config.timesteps)
         with _seeded(config.seed, device):
             self.model = UNet(config.unet).to(device)
         self.model.set_gradient_checkpointing(config.gradient_checkpointing)
+        self.network = self.group.wrap(self.model)
         self.average = averaged_model(self.model, config.ema_decay)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
@@ -161,6 +183,20 @@ class _Run:
         self.skipped = 0
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.int64)
+        if self.group.size > 1:
+            self._settle()
+
+    def _settle(self) -> None:
+        """A backward pass whose gradients are thrown away.
+
+        After its first one DistributedDataParallel sorts the gradients anew into buckets, and three or more processes
+        sum them in another order from then on. So a run that is resumed has its first one behind it, too.
+        """
+        labels = {} if self.labels is None else {"y": self.labels[:1].to(self.device)}
+        with _seeded(0, self.device):
+            x = torch.zeros_like(self.images[:1], dtype=torch.float32, device=self.device)
+            self.network(x, torch.zeros(1, dtype=torch.int64, device=self.device), **labels).sum().backward()
+        self.optimizer.zero_grad()
 
     def advance(self, skip: bool = False) -> float:
         """Take one optimiser step; return its loss.
@@ -197,24 +233,28 @@ class _Run:
         return value
 
     def _backward(self, rows: Tensor, t: Tensor, weights: Tensor) -> Tensor:
-        """Add the gradient of the weighted mean loss to the parameters'; the losses ``(N,)`` on the CPU."""
+        """Add the gradient of the batch's weighted mean loss to the parameters'; its losses ``(N,)``, on the CPU."""
         config, step = self.config, self.step
         images = self.images[rows]
         if config.flip:
             mirrored = randn((len(rows), 1), seed=config.seed, step=step, stream="augmentation")[:, 0] < 0
             images[mirrored] = images[mirrored].flip(-1)
-        losses = []
+        losses = torch.zeros(len(rows))
         size = len(rows) // config.accumulate
         for part in range(0, len(rows), size):
-            at = slice(part, part + size)
+            places = self.group.share(range(part, part + size))
+            at = slice(places.start, places.stop)
             labels = None if self.labels is None else self.labels[rows[at]].to(self.device)
+            last = part + size == len(rows)
             with ExitStack() as contexts:
+                if not last:
+                    contexts.enter_context(self.group.local(self.network))
                 if config.unet.dropout > 0:  # the only layer that draws from torch's own generator
-                    contexts.enter_context(_seeded(_mix(config.seed, step) + part, self.device))
+                    contexts.enter_context(_seeded(_mix(config.seed, step) + places.start, self.device))
                 if config.precision == "bfloat16":
                     contexts.enter_context(torch.autocast(self.device.type, torch.bfloat16))
                 part_losses = diffusion_loss(
-                    self.model,
+                    self.network,
                     self.schedule,
                     images[at].to(self.device),
                     t[at].to(self.device),
@@ -225,13 +265,14 @@ class _Run:
                     offset_noise=config.offset_noise,
                     self_condition=config.unet.self_condition,
                     seed=config.seed,
-                    sample_ids=range(part, part + size),
+                    sample_ids=places,
                     step=step,
                     model_kwargs=None if labels is None else {"y": labels},
                 )
-            (part_losses * weights[at].to(self.device)).sum().div(len(rows)).backward()
-            losses.append(part_losses.detach().cpu())
-        return torch.cat(losses)
+            # Times their number, for the gradients are averaged over the processes.
+            (part_losses * weights[at].to(self.device)).sum().div(len(rows) / self.group.size).backward()
+            losses[at] = part_losses.detach().cpu()
+        return self.group.sum(losses)
 
     def close_interval(self) -> dict[str, float]:
         """The log's row for the steps since the last one.
@@ -359,8 +400,8 @@ def _check_same(path: Path, what: str, stored: dict[str, Any], given: dict[str, 
         raise ValueError(f"{path} belongs to a run with another {what}: {details}")
 
 
-def _rows_until(path: Path, step: int) -> list[dict[str, float]]:
-    """The log's rows up to a step; what a run wrote after its last checkpoint is cut off, it comes again."""
+def _rows_until(path: Path, step: int, *, cut: bool) -> list[dict[str, float]]:
+    """The log's rows up to a step; what a run wrote after its last checkpoint is cut off the file: it comes again."""
     if not path.exists():
         return []
     rows: list[dict[str, float]] = []
@@ -371,8 +412,9 @@ def _rows_until(path: Path, step: int) -> list[dict[str, float]]:
             break  # the line that an interruption cut short
         if row["step"] <= step:
             rows.append(row)
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    if cut:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        write_atomically(path, lambda temporary: temporary.write_text(text))
     return rows
 
 
