@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-import torch
 
-from ddpm_fast.cli.sample import Job, Request, Shard, in_parallel
+from ddpm_fast.cli.sample import MANIFEST, Job, Request, Shard, in_parallel, is_done, recorded_sums
 
 _STEPS = 6
 _SECONDS = 5.0
@@ -24,7 +23,7 @@ class Estimate:
     Attributes:
         shards, found: micro-batches to be made, and those that are there already.
         threads: how many are made at once.
-        steps: of the sampler.
+        steps: of the sampler, over all micro-batches of a shard.
         step_seconds: of one step of one micro-batch.
     """
 
@@ -64,13 +63,15 @@ def estimate(request: Request, folder: Path, *, threads: int | None = None, rank
     The arguments are those of :func:`write_samples`.
     """
     job = Job(request)
-    missing, found = job.missing(folder, rank, world)
-    at_once = max(1, min(threads or torch.get_num_threads(), len(missing)))
+    mine = job.shards[rank::world]
+    sums = recorded_sums(folder) if (folder / MANIFEST).exists() else {}
+    missing = [shard for shard in mine if not is_done(folder, shard, sums)]
+    at_once = max(1, min(job.at_once(threads), len(missing)))
     times: list[float] = []
 
     def work(shard: Shard) -> None:
         begun = time.perf_counter()
-        states = job.sampler.stream(**job.arguments(shard))
+        states = job.sampler.stream(**job.arguments(shard.first))
         next(states)
         last = time.perf_counter()
         if job.sampler.steps == 1:
@@ -85,4 +86,5 @@ def estimate(request: Request, folder: Path, *, threads: int | None = None, rank
 
     if missing:
         in_parallel(work, missing[:at_once], at_once, threading.Event())
-    return Estimate(len(missing), found, at_once, job.sampler.steps, median(times) if times else 0.0)
+    calls = math.ceil(missing[0].count / request.micro_batch) * job.sampler.steps if missing else 0
+    return Estimate(len(missing), len(mine) - len(missing), at_once, calls, median(times) if times else 0.0)

@@ -1,4 +1,4 @@
-"""A 3x3 convolution that needs fewer multiplications when no gradient is needed."""
+"""A 3x3 convolution that needs fewer multiplications."""
 
 from __future__ import annotations
 
@@ -33,7 +33,6 @@ def plan_module(conv: nn.Conv2d, input: Tensor, mode: str, upsample: bool = Fals
         dtype=input.dtype,
         device=input.device.type,
         upsample=upsample,
-        gradient=needs_grad(input, weight, conv.bias),
     )
 
 
@@ -49,10 +48,10 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 class Conv3x3(nn.Conv2d):
-    """``nn.Conv2d(in_channels, out_channels, 3, padding=1)``, and the fused op where no gradient is needed.
+    """``nn.Conv2d(in_channels, out_channels, 3, padding=1)`` on the fused op, forward and backward.
 
-    The parameters and the state dict are those of ``nn.Conv2d``. With gradients, under autocast or ``torch.compile``,
-    in another dtype or on another device, the forward pass is that of ``nn.Conv2d``, bit for bit.
+    The parameters and the state dict are those of ``nn.Conv2d``. Under autocast or ``torch.compile``, in another dtype
+    or on another device, and with gradients in another layout than channels_last, it is ``nn.Conv2d``, bit for bit.
 
     Args:
         in_channels, out_channels: C and K.
@@ -76,6 +75,8 @@ class Conv3x3(nn.Conv2d):
 
     def plan(self, input: Tensor, upsample: bool = False) -> ConvPlan:
         """How ``input (N, in_channels, H, W)`` would be convolved just now, and why."""
+        if needs_grad(input, self.weight, self.bias) and not input.is_contiguous(memory_format=torch.channels_last):
+            return ConvPlan(None, 0, "a copy in channels_last would have to be kept for the gradient")
         return plan_module(self, input, self.mode, upsample)
 
     def forward(self, input: Tensor, residual: Tensor | None = None, upsample: bool = False) -> Tensor:
@@ -83,7 +84,7 @@ class Conv3x3(nn.Conv2d):
 
         With ``upsample`` the input's height and width are doubled first, each pixel repeated.
         """
-        if self.plan(input, upsample).tile is None or needs_grad(residual):
+        if self.plan(input, upsample).tile is None:
             y = super().forward(F.interpolate(input, scale_factor=2.0, mode="nearest") if upsample else input)
             return y if residual is None else residual + y
         self._prepared = prepared = prepared_weight(self, self._prepared)

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 T = TypeVar("T")
+
+# Fused optimisers write into parameters without counting it in their version; so every step of any optimiser counts.
+_optimizer_steps = 0
+
+
+def _count_optimizer_step(*_: Any) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_optimizer_step)
 
 
 class Derived(Generic[T]):
     """A function's value for some tensors, kept until one of them has changed.
 
-    A change is another memory, or a step of PyTorch's version counter: writes through `.data` are not seen.
+    A change is another memory, a step of PyTorch's version counter, or a step of any optimiser: writes through `.data`
+    are not seen.
     """
 
     __slots__ = ("_last",)
@@ -25,7 +38,7 @@ class Derived(Generic[T]):
 
     def get(self, sources: tuple[Tensor | None, ...], compute: Callable[..., T]) -> T:
         """`compute(*sources)`, detached; computed only where a source has changed."""
-        versions = [-1 if source is None else source._version for source in sources]
+        versions = [_optimizer_steps, *(-1 if source is None else source._version for source in sources)]
         last = self._last
         # torch's fully_shard fills a parameter's memory again without counting it.
         counted = not (torch.distributed.is_available() and torch.distributed.is_initialized())
