@@ -31,6 +31,7 @@ CSRC = ROOT / "csrc"
 ARCHITECTURES = (80, 90, 120)
 RUNTIME = Path(__file__).parent / "fake_cuda" / "runtime.cpp"
 
+CXX = os.environ.get("CXX", "g++").split()
 # As setup.py has them for the extension.
 ABI_FLAGS = ("-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA")
 HOST_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-w", "-fvisibility=hidden")
@@ -101,7 +102,7 @@ def _compile_host(source: Path, folder: Path) -> list[Path]:
     out = folder / f"{source.stem}.host.o"
     torch_headers = [f"-isystem{path}" for path in cpp_extension.include_paths()]
     python_headers = f"-isystem{sysconfig.get_path('include')}"
-    _run([*os.environ.get("CXX", "g++").split(), *HOST_FLAGS, *ABI_FLAGS, f"-I{CSRC / 'include'}", f"-I{CSRC}",
+    _run([*CXX, *HOST_FLAGS, *ABI_FLAGS, f"-I{CSRC / 'include'}", f"-I{CSRC}",
           python_headers, *torch_headers, "-c", source, "-o", out])  # fmt: skip
     return [out]
 
@@ -135,7 +136,8 @@ def build(architectures: tuple[int, ...] = ARCHITECTURES) -> Path:
             jobs += [pool.submit(_compile_host, s, scratch) for s in host_sources]
             jobs.append(pool.submit(_compile_runtime, scratch))
             objects = [path for job in jobs for path in job.result()]
-        _run(["g++", "-shared", *objects, "-o", scratch / "library.so"])
+        torch_libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
+        _run([*CXX, "-shared", *objects, *torch_libraries, "-o", scratch / "library.so"])
         for path in objects:
             path.unlink()
         try:
