@@ -1,4 +1,4 @@
-"""CUDA C++ -> PTX and cubin with nvcc: the one on PATH, else the one that pip installs; results are cached by content."""
+"""CUDA C++ -> PTX and cubin with nvcc: the one on PATH, else the one that pip installs. Results are cached by content."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from .module import CACHE
+from .build import CACHE
 
 
 @cache
@@ -27,6 +27,7 @@ def nvcc() -> tuple[str, ...]:
 
 @cache
 def version() -> str:
+    """What nvcc says about itself."""
     return subprocess.run([*nvcc(), "--version"], check=True, capture_output=True, text=True).stdout
 
 
@@ -35,7 +36,7 @@ def _compile(source: str | os.PathLike[str], flags: Sequence[str], suffix: str) 
     flags = ["-std=c++17", "-O3", *flags]
     preprocessed = subprocess.run([*nvcc(), *flags, "-E", os.fspath(source)], check=True, capture_output=True).stdout
     digest = hashlib.sha256(preprocessed + " ".join(flags).encode() + version().encode()).hexdigest()[:20]
-    out = Path(CACHE) / f"nvcc-{digest}.{suffix}"
+    out = CACHE / f"nvcc-{digest}.{suffix}"
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
         scratch = out.with_name(f"{out.stem}.{os.getpid()}.tmp.{suffix}")
