@@ -184,3 +184,17 @@ EXPORT cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaSt
   memset(memory, value, bytes);
   return cudaSuccess;
 }
+
+// ---- what the host code asks of a torch that is built with CUDA: the device's guard, and its current stream
+EXPORT int32_t aoti_torch_create_device_guard(int32_t, void** guard) {
+  *guard = new char;
+  return 0;
+}
+EXPORT int32_t aoti_torch_delete_device_guard(void* guard) {
+  delete static_cast<char*>(guard);
+  return 0;
+}
+EXPORT int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  *stream = nullptr;
+  return 0;
+}
