@@ -108,14 +108,13 @@ class Chunks {
   int64_t channels_, pixels_, repeat_ = 1, step_;
 };
 
-// grad_x = grad_z * factor + ((v - center) * slope + constant): the parts of the gradient along xhat and along the
-// mean are taken out, with `along` their means over the group.
+// The line of GradientLine in float32.
 struct GradientCoefficients {
   float slope, constant;
 };
 inline GradientCoefficients gradient_coefficients(double mean, double rstd, const Along& along) {
-  const double slope = -rstd * along.xhat * rstd;
-  return {plain(slope), plain(-slope * below_float(mean) - rstd * along.mean)};
+  const GradientLine line = gradient_line(mean, rstd, along);
+  return {plain(line.slope), plain(line.constant)};
 }
 
 }  // namespace ddpm_fast

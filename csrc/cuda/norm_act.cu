@@ -8,32 +8,31 @@ namespace ddpm_fast {
 namespace cuda {
 
 NormActDevice norm_act_device() {
+  // A device that has clusters may still run code that was compiled for one that has none. Code is asked about once a
+  // compute capability.
   static thread_local int known = -1;
-  static thread_local NormActDevice result;
-  int device = 0;
+  static thread_local bool clusters = false;
+  NormActDevice result{};
+  int device = 0, major = 0, minor = 0;
   cudaGetDevice(&device);
-  if (device == known) return result;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   cudaDeviceGetAttribute(&result.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  // A device that has clusters may still run code that was compiled for one that has none.
-  cudaFuncAttributes code{};
-  cudaFuncGetAttributes(&code, norm_act_first<float>);
-  result.clusters = code.ptxVersion >= 90;
-  known = device;
+  if (known != 10 * major + minor) {
+    cudaFuncAttributes code{};
+    cudaFuncGetAttributes(&code, norm_act_first<float>);
+    clusters = code.ptxVersion >= 90;
+    known = 10 * major + minor;
+  }
+  result.clusters = clusters;
   return result;
 }
 
 template <class T> static const char* launch(const NormActArguments& a, cudaStream_t stream) {
   const NormActPlan& plan = a.plan;
-  NormActOp op = op_of(a.shape, plan);
-  op.x_stride = a.x_stride;
+  NormActOp op = op_of(a);
   op.out_stride = a.out_stride;
   op.eps = a.eps;
-  op.activation = a.activation;
-  op.weight = a.weight.layout;
-  op.bias = a.bias.layout;
-  op.scale = a.scale.layout;
-  op.shift = a.shift.layout;
-  op.embedding = a.embedding.layout;
   const int64_t units = a.shape.samples * a.shape.groups;
   const bool last = a.shape.channels_last;
   double2* const moments = static_cast<double2*>(a.workspace);

@@ -27,10 +27,25 @@ struct NormActArguments {
   void* workspace;      // norm_act_workspace(shape, plan) bytes, at a multiple of 16
 };
 
+struct NormActBackwardArguments {
+  NormActShape shape;
+  NormActPlan plan;
+  bool bfloat16;
+  int64_t grad_out_stride, x_stride, grad_x_stride;
+  const void *grad_out, *x;
+  const double *mean, *rstd;  // (N, G)
+  Parameter weight, bias, scale, shift, embedding;
+  bool activation;
+  void* grad_x;                                                               // or null, as the following may be
+  float *grad_weight, *grad_bias, *grad_scale, *grad_shift, *grad_embedding;  // (C,) and (C,), then (N, C) each
+  void* workspace;  // norm_act_backward_workspace(shape, plan) bytes, at a multiple of 16
+};
+
 // The current device.
 NormActDevice norm_act_device();
 
 const char* launch_norm_act(const NormActArguments& arguments, void* stream);
+const char* launch_norm_act_backward(const NormActBackwardArguments& arguments, void* stream);
 
 }  // namespace cuda
 }  // namespace ddpm_fast

@@ -3,6 +3,7 @@
 
 #include <cooperative_groups.h>
 
+#include "arguments.h"
 #include "block.cuh"
 #include "ddpm_fast/moments.h"
 #include "norm_act_op.h"
@@ -17,11 +18,14 @@ struct Parameters {
   const void *weight, *bias, *scale, *shift, *embedding;
 };
 
-template <class T>
 __device__ __forceinline__ float parameter(const void* data, const ParameterLayout& layout, int64_t sample,
                                            int channel) {
   const int64_t at = sample * layout.row + channel * layout.column;
-  return layout.is_float ? static_cast<const float*>(data)[at] : to_float(static_cast<const T*>(data)[at]);
+  switch (layout.type) {
+    case kFloat16: return __half2float(static_cast<const __half*>(data)[at]);
+    case kBFloat16: return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[at]);
+    default: return static_cast<const float*>(data)[at];
+  }
 }
 
 // With v = x + embedding, z = (v - center) * factor + offset.
@@ -30,27 +34,24 @@ struct Coefficients {
 };
 static_assert(sizeof(Coefficients) == sizeof(float4));
 
-template <class T>
 __device__ __forceinline__ float embedding_of(const Parameters& given, const NormActOp& op, int64_t sample,
                                               int channel) {
-  return given.embedding ? parameter<T>(given.embedding, op.embedding, sample, channel) : 0.0f;
+  return given.embedding ? parameter(given.embedding, op.embedding, sample, channel) : 0.0f;
 }
 
-template <class T>
 __device__ __forceinline__ double one_plus_scale(const Parameters& given, const NormActOp& op, int64_t sample,
                                                  int channel) {
-  return given.scale ? 1.0 + static_cast<double>(parameter<T>(given.scale, op.scale, sample, channel)) : 1.0;
+  return given.scale ? 1.0 + static_cast<double>(parameter(given.scale, op.scale, sample, channel)) : 1.0;
 }
 
-template <class T>
 __device__ __forceinline__ float4 coefficients(const Parameters& given, const NormActOp& op, int64_t sample,
                                                int channel, double mean, double rstd) {
-  const double by_scale = one_plus_scale<T>(given, op, sample, channel);
+  const double by_scale = one_plus_scale(given, op, sample, channel);
   double factor = rstd * by_scale, offset = 0.0;
-  if (given.weight) factor *= static_cast<double>(parameter<T>(given.weight, op.weight, sample, channel));
-  if (given.bias) offset = static_cast<double>(parameter<T>(given.bias, op.bias, sample, channel)) * by_scale;
-  if (given.shift) offset += static_cast<double>(parameter<T>(given.shift, op.shift, sample, channel));
-  return make_float4(embedding_of<T>(given, op, sample, channel), static_cast<float>(mean),
+  if (given.weight) factor *= static_cast<double>(parameter(given.weight, op.weight, sample, channel));
+  if (given.bias) offset = static_cast<double>(parameter(given.bias, op.bias, sample, channel)) * by_scale;
+  if (given.shift) offset += static_cast<double>(parameter(given.shift, op.shift, sample, channel));
+  return make_float4(embedding_of(given, op, sample, channel), static_cast<float>(mean),
                      static_cast<float>(factor), static_cast<float>(offset - below_float(mean) * factor));
 }
 
@@ -78,9 +79,11 @@ template <int kCount> __device__ __forceinline__ float tree_sum(const float (&x)
 template <class Part, class Size>
 __device__ __forceinline__ double2 combine(int parts, double count, double eps, const Part& part, const Size& size) {
   double sum = 0;
+#pragma unroll 1
   for (int i = lane(); i < parts; i += kWarp) sum += size(i) * part(i).x;
   const double mean = warp_sum(sum) / count;
   double deviation = 0;
+#pragma unroll 1
   for (int i = lane(); i < parts; i += kWarp) {
     const double2 moments = part(i);
     const double apart = moments.x - mean;

@@ -28,21 +28,26 @@ template <class T> __device__ __forceinline__ FirstTile first_tile(const NormAct
   return tile;
 }
 
-// Replaces the elements x of vector i by f(x, k), k the tile's value for their channel.
-template <class T, class K, class F>
-__device__ __forceinline__ void for_channels(float (&x)[kWidth<T>], int i, const FirstTile& tile, const NormActOp& op,
-                                             const K* of_channel, const F& f) {
+// The vectors of a tile that one load reads, given the memory that they lie in.
+template <class T> __device__ __forceinline__ int whole_vectors(const FirstTile& tile, bool aligned) {
+  return aligned ? tile.count / kWidth<T> : 0;
+}
+
+// Calls f(j, k) for each element j of vector i, k the tile's coefficients of its channel.
+template <class T, class F>
+__device__ __forceinline__ void for_channels(int i, const FirstTile& tile, const NormActOp& op,
+                                             const float4* of_channel, const F& f) {
   int pixel = tile.pixel + i * kWidth<T>, channel = op.by_pixels(pixel);
   pixel -= channel * op.pixels;
   if (pixel + kWidth<T> <= op.pixels) {
-    const K k = of_channel[channel];
+    const float4 k = of_channel[channel];
 #pragma unroll
-    for (int j = 0; j < kWidth<T>; ++j) x[j] = f(x[j], k);
+    for (int j = 0; j < kWidth<T>; ++j) f(j, k);
     return;
   }
 #pragma unroll
   for (int j = 0; j < kWidth<T>; ++j) {
-    x[j] = f(x[j], of_channel[min(channel, tile.channels - 1)]);
+    f(j, of_channel[min(channel, tile.channels - 1)]);
     if (++pixel == op.pixels) {
       pixel = 0;
       ++channel;
@@ -55,7 +60,7 @@ __device__ __forceinline__ uint4 normalised(const uint4& v, int i, const FirstTi
                                             const float4* coefficient) {
   float z[kWidth<T>];
   unpack<T>(v, z);
-  for_channels<T>(z, i, tile, op, coefficient, [](float x, const float4& k) { return normalised(x, k); });
+  for_channels<T>(i, tile, op, coefficient, [&](int j, const float4& k) { z[j] = normalised(z[j], k); });
   activate(z, op.activation);
   return pack<T>(z);
 }
@@ -67,12 +72,11 @@ __device__ __forceinline__ double2 tile_moments(const T* x, const FirstTile& til
   constexpr int V = kWidth<T>;
   __shared__ float of_warps[kWarp];
   __shared__ float2 two_of_warps[kWarp];
-  const bool aligned = is_aligned(x);
   const int tid = threadIdx.x, threads = blockDim.x;
   const auto values = [&](const uint4& v, int i, float (&value)[V]) {
     unpack<T>(v, value);
     if (embedded)
-      for_channels<T>(value, i, tile, op, coefficient, [](float x, const float4& k) { return x + k.x; });
+      for_channels<T>(i, tile, op, coefficient, [&](int j, const float4& k) { value[j] += k.x; });
   };
   const auto drop_beyond_end = [&](float (&value)[V], int i) {
     if (tile.count - i * V >= V) return;
@@ -83,7 +87,8 @@ __device__ __forceinline__ double2 tile_moments(const T* x, const FirstTile& til
 
   float sum = 0;
   for_vectors(
-      tid, tile.vectors, threads, [&](int i) { return load(x + i * V, aligned, tile.count - i * V); },
+      tid, whole_vectors<T>(tile, is_aligned(x)), tile.vectors, threads, [&](int i) { return load(x + i * V); },
+      [&](int i) { return load(x + i * V, tile.count - i * V); },
       [&](int i, const uint4& v) {
         kept[i] = v;
         float value[V];
@@ -94,19 +99,18 @@ __device__ __forceinline__ double2 tile_moments(const T* x, const FirstTile& til
   const float about = block_sum(sum, of_warps) / static_cast<float>(tile.count);
 
   float2 sums = make_float2(0.0f, 0.0f);  // of the differences to `about`, and of their squares
-  for_vectors(
-      tid, tile.vectors, threads, [&](int i) { return kept[i]; },
-      [&](int i, const uint4& v) {
-        float value[V], square[V];
-        values(v, i, value);
+#pragma unroll 2
+  for (int i = tid; i < tile.vectors; i += threads) {
+    float value[V], square[V];
+    values(kept[i], i, value);
 #pragma unroll
-        for (int j = 0; j < V; ++j) value[j] -= about;
-        drop_beyond_end(value, i);
+    for (int j = 0; j < V; ++j) value[j] -= about;
+    drop_beyond_end(value, i);
 #pragma unroll
-        for (int j = 0; j < V; ++j) square[j] = value[j] * value[j];
-        sums.x += tree_sum(value);
-        sums.y += tree_sum(square);
-      });
+    for (int j = 0; j < V; ++j) square[j] = value[j] * value[j];
+    sums.x += tree_sum(value);
+    sums.y += tree_sum(square);
+  }
   sums.x = warp_sum(sums.x);
   sums.y = warp_sum(sums.y);
   if (lane() == 0) two_of_warps[warp()] = sums;
@@ -121,7 +125,7 @@ __device__ __forceinline__ double2 tile_moments(const T* x, const FirstTile& til
 // One block a tile: keeps it in shared memory between its statistics and its result, or, where op.statistics is
 // kGiven, writes its moments for norm_act_combine and leaves the rest to norm_act_apply_first.
 template <class T>
-__global__ void __launch_bounds__(kMostThreads, 2)
+__global__ void __launch_bounds__(kMostThreads, 3)
     norm_act_first(const T* x, T* out, const void* weight, const void* bias, const void* scale, const void* shift,
                    const void* embedding, double* mean, double* rstd, double2* moments, const NormActOp op) {
   extern __shared__ uint4 shared[];
@@ -134,8 +138,9 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   const int first_channel = tile.group * op.width + tile.channel;
   const int64_t at = tile.group * op.group_size + tile.start;
   if (embedding) {
+#pragma unroll 1
     for (int c = threadIdx.x; c < tile.channels; c += blockDim.x)
-      coefficient[c].x = embedding_of<T>(given, op, tile.sample, first_channel + c);
+      coefficient[c].x = embedding_of(given, op, tile.sample, first_channel + c);
     __syncthreads();
   }
   const T* const from = x + tile.sample * op.x_stride + at;
@@ -145,15 +150,16 @@ __global__ void __launch_bounds__(kMostThreads, 2)
     return;
   }
   const bool cluster = op.statistics == kCluster;
+  if (threadIdx.x == 0) own = part;
   if (cluster) {
-    if (threadIdx.x == 0) own = part;
     cluster_arrive();
     cluster_wait();
   }
   if (warp() == 0) {
+    __syncwarp();
     const double2 all = combine(
-        cluster ? op.parts : 1, static_cast<double>(op.group_size), op.eps,
-        [&](int i) { return cluster ? *in_block(&own, i) : part; },
+        op.parts, static_cast<double>(op.group_size), op.eps,
+        [&](int i) { return cluster ? *in_block(&own, i) : own; },
         [&](int i) {
           return static_cast<double>(min(static_cast<int64_t>(op.step), op.group_size - i * int64_t{op.step}));
         });
@@ -166,18 +172,20 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   }
   if (cluster) cluster_arrive();
   __syncthreads();
+#pragma unroll 1
   for (int c = threadIdx.x; c < tile.channels; c += blockDim.x)
-    coefficient[c] = coefficients<T>(given, op, tile.sample, first_channel + c, statistics.x, statistics.y);
+    coefficient[c] = coefficients(given, op, tile.sample, first_channel + c, statistics.x, statistics.y);
   __syncthreads();
   T* const to = out + tile.sample * op.out_stride + at;
   const bool aligned = is_aligned(to);
+#pragma unroll 1
   for (int i = threadIdx.x; i < tile.vectors; i += blockDim.x)
     store(to + i * V, normalised<T>(kept[i], i, tile, op, coefficient), aligned, tile.count - i * V);
   if (cluster) cluster_wait();
 }
 
 template <class T>
-__global__ void __launch_bounds__(kMostThreads, 2)
+__global__ void __launch_bounds__(kMostThreads, 3)
     norm_act_apply_first(const T* x, T* out, const void* weight, const void* bias, const void* scale,
                          const void* shift, const void* embedding, const double* mean, const double* rstd,
                          const NormActOp op) {
@@ -187,18 +195,19 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   const FirstTile tile = first_tile<T>(op, blockIdx.x);
   float4* const coefficient = reinterpret_cast<float4*>(shared);
   const int64_t unit = tile.sample * op.groups + tile.group, at = tile.group * op.group_size + tile.start;
+#pragma unroll 1
   for (int c = threadIdx.x; c < tile.channels; c += blockDim.x)
-    coefficient[c] = coefficients<T>(given, op, tile.sample, tile.group * op.width + tile.channel + c, mean[unit],
+    coefficient[c] = coefficients(given, op, tile.sample, tile.group * op.width + tile.channel + c, mean[unit],
                                      rstd[unit]);
   __syncthreads();
   const T* const from = x + tile.sample * op.x_stride + at;
   T* const to = out + tile.sample * op.out_stride + at;
-  const bool aligned = is_aligned(from), aligned_out = is_aligned(to);
+  const bool aligned = is_aligned(to);
   for_vectors(
-      threadIdx.x, tile.vectors, blockDim.x,
-      [&](int i) { return load(from + i * V, aligned, tile.count - i * V); },
+      threadIdx.x, whole_vectors<T>(tile, is_aligned(from)), tile.vectors, blockDim.x,
+      [&](int i) { return load(from + i * V); }, [&](int i) { return load(from + i * V, tile.count - i * V); },
       [&](int i, const uint4& v) {
-        store(to + i * V, normalised<T>(v, i, tile, op, coefficient), aligned_out, tile.count - i * V);
+        store(to + i * V, normalised<T>(v, i, tile, op, coefficient), aligned, tile.count - i * V);
       });
 }
 

@@ -33,6 +33,19 @@ const char* start(void (*kernel)(Taken...), int64_t blocks, int threads, int sha
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+// What both passes tell their kernels.
+template <class Arguments> NormActOp op_of(const Arguments& a) {
+  NormActOp op = op_of(a.shape, a.plan);
+  op.x_stride = a.x_stride;
+  op.activation = a.activation;
+  op.weight = a.weight.layout;
+  op.bias = a.bias.layout;
+  op.scale = a.scale.layout;
+  op.shift = a.shift.layout;
+  op.embedding = a.embedding.layout;
+  return op;
+}
+
 inline int cluster_of(const NormActPlan& plan) { return plan.statistics == kCluster ? plan.parts : 1; }
 
 }  // namespace cuda

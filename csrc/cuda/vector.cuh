@@ -13,16 +13,13 @@ namespace cuda {
 // Elements of sixteen bytes.
 template <class T> constexpr int kWidth = 16 / static_cast<int>(sizeof(T));
 
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-
 __device__ __forceinline__ bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// The first `count` of the elements at p, zeros for the rest. An unaligned vector is read an element at a time into
-// the same places, so that no result depends on the alignment.
-template <class T> __device__ __forceinline__ uint4 load(const T* p, bool aligned, int count) {
-  if (aligned && count >= kWidth<T>) return *reinterpret_cast<const uint4*>(p);
+template <class T> __device__ __forceinline__ uint4 load(const T* p) { return *reinterpret_cast<const uint4*>(p); }
+
+// The first `count` of the elements at p, which need not be aligned, zeros for the rest: each in its place of the
+// vector, so that no result depends on the alignment.
+template <class T> __device__ __forceinline__ uint4 load(const T* p, int count) {
   uint32_t word[4] = {0, 0, 0, 0};
   if constexpr (sizeof(T) == 4) {
 #pragma unroll
@@ -87,20 +84,25 @@ template <class T> __device__ __forceinline__ uint4 pack(const float (&x)[kWidth
   return make_uint4(word[0], word[1], word[2], word[3]);
 }
 
-// Loads kBatch vectors before it uses the first, at begin, begin + stride and so on below end: load(i) gives the
-// vector and use(i, vector) takes it.
-template <class Load, class Use>
-__device__ __forceinline__ void for_vectors(int begin, int end, int stride, const Load& load, const Use& use) {
-  constexpr int kBatch = 4;
-  for (int first = begin; first < end; first += kBatch * stride) {
-    uint4 v[kBatch];
+// Calls use(i, vector) for i = begin, begin + stride and so on below end. Those below `whole` come from load(i), kBatch of
+// them before the first is used, the others from load_part(i).
+template <int kBatch = 4, class Load, class LoadPart, class Use>
+__device__ __forceinline__ void for_vectors(int begin, int whole, int end, int stride, const Load& load,
+                                            const LoadPart& load_part, const Use& use) {
+  int i = begin;
+  for (; i < whole; i += kBatch * stride) {
+    decltype(load(0)) v[kBatch];
 #pragma unroll
     for (int k = 0; k < kBatch; ++k)
-      if (first + k * stride < end) v[k] = load(first + k * stride);
+      if (i + k * stride < whole) v[k] = load(i + k * stride);
 #pragma unroll
     for (int k = 0; k < kBatch; ++k)
-      if (first + k * stride < end) use(first + k * stride, v[k]);
+      if (i + k * stride < whole) use(i + k * stride, v[k]);
   }
+  // The first index of this thread that is not below `whole`.
+  i = begin < whole ? begin + (whole - begin + stride - 1) / stride * stride : begin;
+#pragma unroll 1
+  for (; i < end; i += stride) use(i, load_part(i));
 }
 
 }  // namespace cuda

@@ -53,5 +53,13 @@ DDPM_FAST_HOST_DEVICE double xhat_sum(const ChannelSums& sums, double pixels, do
 struct Along {
   double mean = 0, xhat = 0;
 };
+// grad_x = grad_z * factor + ((v - center) * slope + constant).
+struct GradientLine {
+  double slope, constant;
+};
+DDPM_FAST_HOST_DEVICE GradientLine gradient_line(double mean, double rstd, const Along& along) {
+  const double slope = -rstd * along.xhat * rstd;
+  return {slope, -slope * below_float(mean) - rstd * along.mean};
+}
 
 }  // namespace ddpm_fast
