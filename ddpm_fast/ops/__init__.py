@@ -4,9 +4,11 @@ from ddpm_fast.ops.conv import conv3x3, plan_conv3x3, prepare_conv3x3
 from ddpm_fast.ops.denoise import denoise
 from ddpm_fast.ops.noising import q_sample
 from ddpm_fast.ops.norm_act import group_norm_silu
+from ddpm_fast.ops.quantile import abs_quantile
 from ddpm_fast.ops.random import randn, random_timesteps
 
 __all__ = [
+    "abs_quantile",
     "conv3x3",
     "denoise",
     "group_norm_silu",
