@@ -70,17 +70,6 @@ struct Parameters {
   Parameter weight, bias, scale, shift, embedding;
 };
 
-// The order in which all of the images are read.
-Order common_order(std::initializer_list<const Image*> images) {
-  bool first = true, last = true;
-  for (const Image* const image : images) {
-    first = first && image->channels_first();
-    last = last && image->channels_last();
-  }
-  STD_TORCH_CHECK(first || last, "the tensors must all be contiguous, or all channels_last");
-  return first && !(last && (*images.begin())->pixels == 1) ? Order::kChannelsFirst : Order::kChannelsLast;
-}
-
 NormAct describe(const Tensor& x, const Image& image, Order order, int64_t num_groups, int64_t activation,
                  const Parameters& parameters) {
   STD_TORCH_CHECK(x.dim() >= 2 && image.channels > 0 && image.pixels > 0,

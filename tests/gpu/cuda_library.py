@@ -36,7 +36,7 @@ CXX = os.environ.get("CXX", "g++").split()
 # As setup.py has them for the extension.
 ABI_FLAGS = ("-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA")
 HOST_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-w", "-fvisibility=hidden")
-HOST_SOURCES = ("ops_cuda.cpp", "arguments.cpp", "image.cpp")
+HOST_SOURCES = ("ops_cuda.cpp", "arguments.cpp", "image.cpp", "cuda/*.cpp")
 _INCLUDES = (f"-I{CSRC / 'include'}", f"-I{CSRC}")
 NVCC_FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC")
 
@@ -102,7 +102,7 @@ def _compile_runtime(folder: Path) -> list[Path]:
 
 def sources() -> tuple[list[Path], list[Path]]:
     """The .cu files and the host's files of the extension."""
-    return sorted((CSRC / "cuda").glob("*.cu")), [CSRC / name for name in HOST_SOURCES]
+    return sorted((CSRC / "cuda").glob("*.cu")), [path for name in HOST_SOURCES for path in sorted(CSRC.glob(name))]
 
 
 @cache
