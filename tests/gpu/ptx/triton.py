@@ -1,55 +1,121 @@
-"""Compile a @triton.jit function to real PTX and execute it on CPU tensors.
+"""Compiles a ``@triton.jit`` function for an architecture, without a GPU or a driver, and runs its PTX on CPU tensors.
 
-    run(kernel, grid, x, y, n, BLOCK=1024, target=90, readonly=(0,))
+    stats, trace = run(kernel, (4,), x, y, 1000, BLOCK=256, target=90, readonly=(0,))
 """
-from typing import Any, Sequence
 
-import torch
-from triton import compile as triton_compile
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from .module import Module
 
-TYPES = {torch.float32: 'fp32', torch.float16: 'fp16', torch.bfloat16: 'bf16', torch.float64: 'fp64', torch.int64: 'i64', torch.int32: 'i32', torch.int16: 'i16', torch.int8: 'i8', torch.uint8: 'u8', torch.bool: 'i1'}
-_modules: dict[tuple, tuple[Any, Module]] = {}
+_modules: dict[tuple[Any, ...], tuple[Any, Module]] = {}
 
 
-def signature(fn, args: Sequence[Any], const: dict[str, Any], specialise: bool) -> tuple[dict, dict, dict, list]:
-    """(signature, attributes, constants, run-time arguments), specialised as Triton's JIT does: 1 is a constant, 16-divisibility is noted."""
-    sig, attrs, const, real = dict.fromkeys(fn.arg_names, 'constexpr'), {}, dict(const), []
-    for name, a in zip([n for n in fn.arg_names if n not in const], args, strict=True):
-        if specialise and isinstance(a, int) and a == 1:
-            const[name] = 1
-            continue
-        if torch.is_tensor(a):
-            sig[name], divisible = '*' + TYPES[a.dtype], a.data_ptr() % 16 == 0
-        elif isinstance(a, int):
-            sig[name], divisible = 'i32' if -2**31 <= a < 2**31 else 'i64', a % 16 == 0
-        else:
-            sig[name], divisible = 'fp32', False
-        if divisible and specialise:
-            attrs[(fn.arg_names.index(name),)] = [['tt.divisibility', 16]]
-        real.append(a)
-    return sig, attrs, const, real
+def gpu_target(target: int | str) -> GPUTarget:
+    """Triton's name for sm_<target> (an int), or for a HIP architecture ("gfx942")."""
+    if isinstance(target, int):
+        return GPUTarget("cuda", target, 32)
+    return GPUTarget("hip", target, 64 if target.startswith("gfx9") else 32)
 
 
-def run(fn, grid, *args, target: int = 90, num_warps: int = 4, num_stages: int = 3, specialise: bool = True, check: bool = True, opt: str = '-O1',
-        order: int = 0, seed: int = 0, workers: int = 1, strict_global: bool = False, approx: int = 0, readonly: Sequence[int] = (), trace: int = 0, **const):
-    """Returns (counters, trace) of Module.launch; `readonly` counts run-time arguments. Raises when the PTX holds something unsupported."""
-    if type(fn).__name__ == 'Autotuner':
-        fn = fn.fn
-    sig, attrs, const, real = signature(fn, args, const, specialise)
-    key = (fn, target, num_warps, num_stages, tuple(sig.items()), tuple(attrs), tuple(sorted(const.items())), check, opt)
+class Specialised:
+    """A kernel with the arguments of one call, specialised as Triton's own launcher does it.
+
+    Integers of 1 and None become constants; pointers and integers divisible by 16 are noted as such.
+    """
+
+    def __init__(self, kernel: Any, target: int | str, args: Sequence[Any], keywords: dict[str, Any]) -> None:
+        self.kernel, self.target = kernel, gpu_target(target)
+        backend = make_backend(self.target)
+        binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+        bound, specialization, options = binder(*args, **keywords)
+        packed = kernel._pack_args(backend, keywords, bound, specialization, options)
+        self.options, self.signature, self.constexprs, self.attributes = packed
+        self.names = [name for name, kind in self.signature.items() if kind != "constexpr"]
+        self.arguments = [bound[name] for name in self.names]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        signature, constexprs = tuple(self.signature.items()), tuple(self.constexprs.items())
+        return self.kernel, self.target, self.options.hash(), signature, constexprs, repr(self.attributes)
+
+    def compile(self) -> Any:
+        source = ASTSource(self.kernel, self.signature, self.constexprs, self.attributes)
+        return triton.compile(source, target=self.target, options=self.options.__dict__)
+
+
+def compile_kernel(kernel: Any, *args: Any, target: int | str = 90, **keywords: Any) -> Any:
+    """Triton's compiled kernel for a call: ``.asm["ptx"]``, ``.asm["cubin"]`` (``.asm["amdgcn"]``), ``.metadata``."""
+    return Specialised(kernel, target, args, keywords).compile()
+
+
+def run(
+    kernel: Any,
+    grid: Sequence[int],
+    *args: Any,
+    target: int = 90,
+    check: bool = True,
+    opt: str = "-O1",
+    order: int = 0,
+    seed: int = 0,
+    workers: int = 1,
+    strict: bool = False,
+    strict_global: bool = False,
+    approx: int = 0,
+    readonly: Sequence[int] = (),
+    trace: int = 0,
+    **keywords: Any,
+) -> tuple[dict[str, int], npt.NDArray[Any]]:
+    """Runs a Triton kernel on CPU tensors; counters and trace are those of `Module.launch`.
+
+    Args:
+        kernel: a ``@triton.jit`` function. An autotuned one cannot be run: its choice needs a driver.
+        grid: one to three numbers of programs.
+        args: the kernel's arguments; tensors are on the CPU.
+        target: the architecture, 90 for sm_90.
+        check, opt: as for `Module`.
+        order, seed, workers, strict, strict_global, approx, trace: as for `Module.launch`.
+        readonly: the run-time arguments that must not be written, counted without constants and None.
+        keywords: constexprs, further arguments, and Triton's options (num_warps, num_stages, enable_fp_fusion).
+
+    Raises:
+        NotImplementedError: the PTX holds an instruction that the simulator does not know.
+        RuntimeError: a check failed.
+    """
+    call = Specialised(kernel, target, args, keywords)
+    key = (*call.key, check, opt)
     if key not in _modules:
-        source = ASTSource(fn, signature=sig, constexprs={(fn.arg_names.index(k),): v for k, v in const.items()}, attrs=attrs)
-        compiled = triton_compile(source, target=GPUTarget('cuda', target, 32), options=dict(num_warps=num_warps, num_stages=num_stages))
-        module = Module(compiled.asm['ptx'], check=check, opt=opt)
+        compiled = call.compile()
+        module = Module(compiled.asm["ptx"], check=check, opt=opt)
         if module.unsupported:
-            raise NotImplementedError(f'{fn.__name__}: {module.unsupported}')
+            raise NotImplementedError(f"{kernel.__name__}: {module.unsupported}")
         _modules[key] = compiled, module
     compiled, module = _modules[key]
-    (name, kernel), = module.kernels.items()
-    scratch = [0] * (len(kernel.params) - len(real))      # global and profile scratch, unused here
-    return module.launch(name, grid, compiled.metadata.num_warps * 32, [*real, *scratch], smem=compiled.metadata.shared, order=order, seed=seed, workers=workers,
-                         strict_global=strict_global, approx=approx, readonly=readonly, trace=trace)
+    ((name, entry),) = module.kernels.items()
+    if compiled.metadata.global_scratch_size or compiled.metadata.profile_scratch_size:
+        raise NotImplementedError(f"{kernel.__name__} needs scratch memory")
+    scratch = [0] * (len(entry.params) - len(call.arguments))
+    return module.launch(
+        name,
+        grid,
+        compiled.metadata.num_warps * 32,
+        [*call.arguments, *scratch],
+        smem=compiled.metadata.shared,
+        order=order,
+        seed=seed,
+        workers=workers,
+        strict=strict,
+        strict_global=strict_global,
+        approx=approx,
+        readonly=readonly,
+        trace=trace,
+    )
