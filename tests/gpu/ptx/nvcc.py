@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from .module import CACHE
+from .build import CACHE
 
 
 @cache
@@ -35,7 +35,7 @@ def _compile(source: str | os.PathLike[str], flags: Sequence[str], suffix: str) 
     flags = ["-std=c++17", "-O3", *flags]
     preprocessed = subprocess.run([*nvcc(), *flags, "-E", os.fspath(source)], check=True, capture_output=True).stdout
     digest = hashlib.sha256(preprocessed + " ".join(flags).encode() + version().encode()).hexdigest()[:20]
-    out = Path(CACHE) / f"nvcc-{digest}.{suffix}"
+    out = CACHE / f"nvcc-{digest}.{suffix}"
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
         scratch = out.with_name(f"{out.stem}.{os.getpid()}.tmp.{suffix}")

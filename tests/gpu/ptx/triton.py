@@ -1,6 +1,6 @@
 """Compiles a ``@triton.jit`` function for an architecture, without a GPU or a driver, and runs its PTX on CPU tensors.
 
-    stats, trace = run(kernel, (4,), x, y, 1000, BLOCK=256, target=90, readonly=(0,))
+stats, trace = run(kernel, (4,), x, y, 1000, BLOCK=256, target=90, readonly=(0,))
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import triton
 from triton.backends.compiler import GPUTarget
