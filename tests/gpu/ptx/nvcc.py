@@ -1,4 +1,4 @@
-"""CUDA C++ -> PTX and cubin with nvcc: the one on PATH, else the one that pip installs; results are cached by content."""
+"""CUDA C++ -> PTX and cubin with nvcc: the one on PATH, else the one that pip installs. Results are cached by content."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def nvcc() -> tuple[str, ...]:
 
 @cache
 def version() -> str:
+    """What nvcc says about itself."""
     return subprocess.run([*nvcc(), "--version"], check=True, capture_output=True, text=True).stdout
 
 

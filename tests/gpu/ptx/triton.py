@@ -70,7 +70,7 @@ def run(
     strict: bool = False,
     strict_global: bool = False,
     approx: int = 0,
-    readonly: Sequence[int] = (),
+    readonly: Sequence[int | str] = (),
     trace: int = 0,
     **keywords: Any,
 ) -> tuple[dict[str, int], npt.NDArray[Any]]:
@@ -83,7 +83,8 @@ def run(
         target: the architecture, 90 for sm_90.
         check, opt: as for `Module`.
         order, seed, workers, strict, strict_global, approx, trace: as for `Module.launch`.
-        readonly: the run-time arguments that must not be written, counted without constants and None.
+        readonly: the arguments that must not be written, by name, or by position among the run-time arguments (those
+            that are neither constants nor None).
         keywords: constexprs, further arguments, and Triton's options (num_warps, num_stages, enable_fp_fusion).
 
     Raises:
@@ -115,6 +116,6 @@ def run(
         strict=strict,
         strict_global=strict_global,
         approx=approx,
-        readonly=readonly,
+        readonly=[call.names.index(r) if isinstance(r, str) else r for r in readonly],
         trace=trace,
     )

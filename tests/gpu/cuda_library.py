@@ -1,0 +1,186 @@
+"""The CUDA extension for a machine without a GPU: the shipped sources, linked with a runtime of ours.
+
+nvcc compiles csrc/cuda/*.cu as for a release, host code and PTX; the host code is linked with fake_cuda/runtime.cpp
+instead of NVIDIA's runtime and with the registration in csrc/ops_cuda.cpp. So the operators, the checks and the launch
+functions are those that ship, and each launch comes out at a callback with the kernel's name and the bytes of its
+parameters.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch.utils import cpp_extension
+
+from tests.gpu.ptx import Module, nvcc
+from tests.gpu.ptx.build import CACHE, digest
+
+ROOT = Path(__file__).parents[2]
+CSRC = ROOT / "csrc"
+ARCHITECTURES = (80, 90, 120)
+RUNTIME = Path(__file__).parent / "fake_cuda" / "runtime.cpp"
+
+CXX = os.environ.get("CXX", "g++").split()
+# As setup.py has them for the extension.
+ABI_FLAGS = ("-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA")
+HOST_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-w", "-fvisibility=hidden")
+HOST_SOURCES = ("ops_cuda.cpp", "arguments.cpp", "image.cpp")
+NVCC_FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC")
+
+
+class FakeLaunch(ctypes.Structure):
+    """struct Launch of fake_cuda/runtime.cpp"""
+
+    _fields_ = (
+        ("kernel", ctypes.c_char_p),
+        *((name, ctypes.c_uint32 * 3) for name in ("grid", "block", "cluster")),
+        ("shared", ctypes.c_uint64),
+        ("arguments", ctypes.POINTER(ctypes.c_void_p)),
+    )
+
+
+class Device(ctypes.Structure):
+    """struct Device of fake_cuda/runtime.cpp: what host code can ask about a GPU."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int)
+        for name in ("major", "minor", "processors", "shared_optin", "shared_processor", "threads_processor")
+    )
+
+
+# CUDA C++ Programming Guide, technical specifications per compute capability; processors of T4, A100, A10, L4, H100,
+# B200 and RTX 5090.
+_KIB = 1024
+DEVICES = {
+    75: Device(7, 5, 40, 64 * _KIB, 64 * _KIB, 1024),
+    80: Device(8, 0, 108, 163 * _KIB, 164 * _KIB, 2048),
+    86: Device(8, 6, 72, 99 * _KIB, 100 * _KIB, 1536),
+    89: Device(8, 9, 58, 99 * _KIB, 100 * _KIB, 1536),
+    90: Device(9, 0, 132, 227 * _KIB, 228 * _KIB, 2048),
+    100: Device(10, 0, 148, 227 * _KIB, 228 * _KIB, 2048),
+    120: Device(12, 0, 170, 99 * _KIB, 100 * _KIB, 1536),
+}
+
+LaunchCallback = Callable[[FakeLaunch], int]
+_callback_type = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(FakeLaunch))
+
+
+def _run(command: Sequence[str | os.PathLike[str]]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{done.stdout}{done.stderr}")
+
+
+def _compile_device(source: Path, folder: Path, architectures: Sequence[int]) -> list[Path]:
+    """Compiles a .cu file into folder: the host's object file, which is returned, and NAME.<architecture>.ptx."""
+    kept = folder / f"{source.stem}-kept"
+    kept.mkdir()
+    targets = [f"-gencode=arch=compute_{a},code=compute_{a}" for a in architectures]
+    out = folder / f"{source.stem}.o"
+    _run([*nvcc.nvcc(), *NVCC_FLAGS, *targets, f"-I{CSRC / 'include'}", f"-I{CSRC}", "--keep", f"--keep-dir={kept}"]
+         + ["-c", source, "-o", out])  # fmt: skip
+    for architecture in architectures:
+        # nvcc names the file after the architecture only where there are several.
+        name = f"{source.stem}.compute_{architecture}.ptx" if len(architectures) > 1 else f"{source.stem}.ptx"
+        os.replace(kept / name, folder / f"{source.stem}.{architecture}.ptx")
+    shutil.rmtree(kept)
+    return [out]
+
+
+def _compile_host(source: Path, folder: Path) -> list[Path]:
+    out = folder / f"{source.stem}.host.o"
+    torch_headers = [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    python_headers = f"-isystem{sysconfig.get_path('include')}"
+    _run([*CXX, *HOST_FLAGS, *ABI_FLAGS, f"-I{CSRC / 'include'}", f"-I{CSRC}",
+          python_headers, *torch_headers, "-c", source, "-o", out])  # fmt: skip
+    return [out]
+
+
+def _compile_runtime(folder: Path) -> list[Path]:
+    out = folder / f"{RUNTIME.stem}.o"
+    _run([*nvcc.nvcc(), "-std=c++17", "-O1", "-Xcompiler=-fPIC,-fvisibility=hidden", "-c", RUNTIME, "-o", out])
+    return [out]
+
+
+def sources() -> tuple[list[Path], list[Path]]:
+    """The .cu files and the host's files of the extension."""
+    return sorted((CSRC / "cuda").glob("*.cu")), [CSRC / name for name in HOST_SOURCES]
+
+
+@cache
+def build(architectures: tuple[int, ...] = ARCHITECTURES) -> Path:
+    """The folder with the library and the PTX of each architecture; built once for a content of csrc/."""
+    device_sources, host_sources = sources()
+    texts = [p.read_bytes() for p in sorted(CSRC.rglob("*")) if p.is_file() and "cpu" not in p.relative_to(CSRC).parts]
+    key = digest(*texts, RUNTIME.read_bytes(), Path(__file__).read_bytes(), nvcc.version(), torch.__version__,
+                 repr(architectures))  # fmt: skip
+    folder = CACHE / f"cuda-{key}"
+    if folder.exists():
+        return folder
+    CACHE.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=CACHE))
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            jobs = [pool.submit(_compile_device, s, scratch, architectures) for s in device_sources]
+            jobs += [pool.submit(_compile_host, s, scratch) for s in host_sources]
+            jobs.append(pool.submit(_compile_runtime, scratch))
+            objects = [path for job in jobs for path in job.result()]
+        torch_libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
+        _run([*CXX, "-shared", *objects, *torch_libraries, "-o", scratch / "library.so"])
+        for path in objects:
+            path.unlink()
+        try:
+            os.replace(scratch, folder)
+        except OSError:  # another process was faster
+            if not folder.exists():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+class CudaLibrary:
+    """The loaded library. There is one in a process, since it registers operators with torch."""
+
+    def __init__(self) -> None:
+        self._folder = build()
+        self._library = ctypes.CDLL(str(self._folder / "library.so"))
+        self._modules: dict[tuple[int, str], Module] = {}
+        self._callback: object = None
+
+    def configure(self, device: Device, on_launch: LaunchCallback) -> None:
+        """Says which GPU the host code sees, and what a launch calls; non-zero makes it fail."""
+        self._callback = _callback_type(lambda launch: on_launch(launch.contents))  # kept alive: C++ holds a pointer
+        self._library.fake_cuda_configure(ctypes.byref(device), self._callback)
+
+    def ptx(self, architecture: int) -> dict[str, str]:
+        """The PTX of every .cu file, by its name."""
+        return {p.name.split(".")[0]: p.read_text() for p in sorted(self._folder.glob(f"*.{architecture}.ptx"))}
+
+    def module(self, architecture: int, kernel: str) -> Module:
+        """The translated module that has a kernel, and no other kernel of its file."""
+        key = architecture, kernel
+        if key not in self._modules:
+            (text,) = [t for t in self.ptx(architecture).values() if re.search(rf"\.entry\s+{re.escape(kernel)}\b", t)]
+            module = Module(text, only=f"^{re.escape(kernel)}$")
+            if module.unsupported:
+                raise NotImplementedError(f"{kernel}: {module.unsupported}")
+            self._modules[key] = module
+        return self._modules[key]
+
+
+@cache
+def library() -> CudaLibrary:
+    """The library, built and loaded at the first call."""
+    return CudaLibrary()
