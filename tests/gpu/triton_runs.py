@@ -51,10 +51,8 @@ def recorded() -> Iterator[list[Call]]:
     """Launches inside the block only fill the list, for what needs the compiled code alone."""
     calls: list[Call] = []
 
-    def launch(
-        kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, fp_fusion: bool = False, **constexprs: Any
-    ) -> None:
-        calls.append(Call(kernel, grid, args, {"num_warps": num_warps, "enable_fp_fusion": fp_fusion, **constexprs}))
+    def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **constexprs: Any) -> None:
+        calls.append(Call(kernel, grid, args, {"num_warps": num_warps, "enable_fp_fusion": False, **constexprs}))
 
     with mock.patch.object(_launch, "launch", launch):
         yield calls
@@ -68,10 +66,8 @@ def simulated(target: int = 90, **options: Any) -> Iterator[list[Call]]:
     """
     calls: list[Call] = []
 
-    def launch(
-        kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, fp_fusion: bool = False, **constexprs: Any
-    ) -> None:
-        keywords = {"num_warps": num_warps, "enable_fp_fusion": fp_fusion, **constexprs}
+    def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **constexprs: Any) -> None:
+        keywords = {"num_warps": num_warps, "enable_fp_fusion": False, **constexprs}
         names = Specialised(kernel, target, args, keywords).names
         readonly = [i for i, name in enumerate(names) if name.endswith("_ptr") and not name.endswith("out_ptr")]
         counters, _ = run(kernel, grid, *args, target=target, readonly=readonly, **options, **keywords)
