@@ -12,6 +12,8 @@ STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
   m.impl("denoise.cpu", TORCH_BOX(&ddpm_fast::denoise));
   m.impl("norm_act.cpu", TORCH_BOX(&ddpm_fast::norm_act));
   m.impl("norm_act_backward.cpu", TORCH_BOX(&ddpm_fast::norm_act_backward));
+  m.impl("rms_norm_act.cpu", TORCH_BOX(&ddpm_fast::rms_norm_act));
+  m.impl("rms_norm_act_backward.cpu", TORCH_BOX(&ddpm_fast::rms_norm_act_backward));
   m.impl("conv3x3.cpu", TORCH_BOX(&ddpm_fast::conv3x3));
 }
 

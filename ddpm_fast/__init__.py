@@ -2,7 +2,7 @@
 
 from ddpm_fast.accelerate import accelerate, acceleration_report, restore
 from ddpm_fast.backends import available_backends, use_backend
-from ddpm_fast.ops import conv3x3, group_norm_silu, q_sample, randn
+from ddpm_fast.ops import conv3x3, group_norm_silu, q_sample, randn, rms_norm_silu
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.schedule import NoiseSchedule
 from ddpm_fast.training.loss import diffusion_loss
@@ -21,5 +21,6 @@ __all__ = [
     "q_sample",
     "randn",
     "restore",
+    "rms_norm_silu",
     "use_backend",
 ]

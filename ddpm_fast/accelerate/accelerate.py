@@ -5,28 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from . import blocks
 from .activations import find_silu_module
 from .fused import FusedSequential, hooked, is_plain_sequential
 from .layout import to_channels_last, undo_channels_last
-from .norms import FusedNorm, has_silu_inside, is_fused_already, is_norm, why_not
+from .norms import FusedGroupNorm, FusedNorm, has_silu_inside, is_fused_already, is_norm, why_no_group_norm
 from .patch import Accelerated, subclass, swap, unswap
 from .report import note_fused, note_skipped
+from .rms_norms import FusedRMSNorm, why_no_rms_norm
 from .sites import Site, describe
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def accelerate(model: M, *, channels_last: bool = False) -> M:
-    """Puts the GroupNorms of a model on the fused op, with the SiLU, scale and shift around them. In place.
+    """Puts the norms of a model on the fused ops, with the SiLU, scale and shift around them. In place.
 
-    Found are norms alone, norms and activations side by side in a Sequential, and norms and activations called in the
-    methods of a block, whatever its class, as long as its source can be read. Outputs and gradients stay the same to
-    rounding; parameters, state dict, hooks, `named_modules` and every object's identity stay as they are. What cannot
-    be proved safe is left alone: `acceleration_report(model)` names it. On a device or for a dtype without a kernel
-    of ours a model runs as before.
+    The norms are GroupNorm, and RMSNorm over the channels as lucidrains has it. Found are norms alone, norms and
+    activations side by side in a Sequential, and norms and activations called in the methods of a block, whatever its
+    class, as long as its source can be read. Outputs and gradients stay the same to rounding; parameters, state dict,
+    hooks, `named_modules` and every object's identity stay as they are. What cannot be proved safe is left alone:
+    `acceleration_report(model)` names it. On a device or for a dtype without a kernel of ours a model runs as before.
 
     Applied again, it looks at the model again; `restore` undoes it.
 
@@ -51,7 +53,7 @@ def accelerate(model: M, *, channels_last: bool = False) -> M:
     accepted: set[nn.Module] = set()
     for module in names:
         if is_norm(module) and not is_fused_already(module):
-            reason = why_not(module)
+            reason = _why_not(module)
             if reason is None:
                 accepted.add(module)
             else:
@@ -74,7 +76,7 @@ def accelerate(model: M, *, channels_last: bool = False) -> M:
 
     for norm in list(accepted):
         try:
-            swap(norm, subclass(FusedNorm, type(norm)))
+            swap(norm, subclass(_fused_class(norm), type(norm)))
         except TypeError as error:
             accepted.discard(norm)
             reasons[norm] = f"its class cannot be extended: {error}"
@@ -128,6 +130,19 @@ def _undo(model: nn.Module) -> None:
             )
     for module in model.modules():
         unswap(module)
+
+
+def _why_not(norm: nn.Module) -> str | None:
+    """Why a norm module cannot run on a fused op; None if it can."""
+    if isinstance(norm, torch.jit.ScriptModule):
+        return "scripted: its forward cannot be replaced"
+    if "forward" in norm.__dict__:
+        return "its forward was replaced on the instance"
+    return why_no_group_norm(norm) if isinstance(norm, nn.GroupNorm) else why_no_rms_norm(norm)
+
+
+def _fused_class(norm: nn.Module) -> type[FusedNorm]:
+    return FusedGroupNorm if isinstance(norm, nn.GroupNorm) else FusedRMSNorm
 
 
 def _is_container(module: nn.Module) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from .. import backends
-from ..nn import GroupNormSiLU
+from ..nn import GroupNormSiLU, RMSNormSiLU
 from ..ops import group_norm_silu
 from .activations import computes
 from .patch import Accelerated, mark, marked, original_class
@@ -28,6 +29,8 @@ _TORCH_NORMS = (
 # The devices whose autocast runs group_norm in float32. The CPU's does not.
 _AUTOCAST_TO_FLOAT32 = frozenset({"cuda", "xpu"})
 _HALF = (torch.float16, torch.bfloat16)
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -75,8 +78,19 @@ def _rows(parameter: Any, x: Tensor) -> Tensor | None:
     return parameter.flatten(1).to(x.dtype)
 
 
-class FusedNorm(Accelerated, nn.GroupNorm):
-    """nn.GroupNorm, or a subclass of it that was found to compute the same, on the fused op."""
+def rows(parameters: Iterable[Tensor | None], x: Tensor) -> list[Tensor | None] | None:
+    """Scales and shifts as (N, C), None for those not given; or None where one of them is not to be had so."""
+    found: list[Tensor | None] = []
+    for parameter in parameters:
+        row = None if parameter is None else _rows(parameter, x)
+        if parameter is not None and row is None:
+            return None
+        found.append(row)
+    return found
+
+
+class FusedNorm(Accelerated, nn.Module):
+    """A norm module on a fused op."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs:
@@ -94,17 +108,34 @@ class FusedNorm(Accelerated, nn.GroupNorm):
         embedding: Tensor | None = None,
     ) -> Tensor | None:
         """`silu(norm(x + embedding) * (1 + scale) + shift)` in one pass, or None where that is not to be had."""
-        if type(x) is not Tensor and type(x) is not nn.Parameter:
-            return None  # another tensor type has its own idea of every operation
-        own = self.__dict__
-        dims = own.get("_ddpm_fast_dims")
-        if x.dim() < 2 or x.shape[1] != self.num_channels or (dims is not None and x.dim() not in dims):
-            return None
+        raise NotImplementedError
+
+
+def takes(norm: nn.Module, x: Any, channels: int) -> bool:
+    """Whether the op has an answer for this input, and PyTorch's would be the same."""
+    if type(x) is not Tensor and type(x) is not nn.Parameter:
+        return False  # another tensor type has its own idea of every operation
+    dims = marked(norm, "dims")
+    if x.dim() < 2 or x.shape[1] != channels or (dims is not None and x.dim() not in dims):
+        return False
+    return x.is_floating_point() and x.numel() > 0 and not x.is_meta and runs_fused(x) and not _is_transformed()
+
+
+class FusedGroupNorm(FusedNorm, nn.GroupNorm):
+    """nn.GroupNorm, or a subclass of it that was found to compute the same, on the fused op."""
+
+    def fused(
+        self,
+        x: Tensor,
+        silu: bool = False,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        embedding: Tensor | None = None,
+    ) -> Tensor | None:
         # One value a group, or none: what PyTorch makes of that is its own affair.
-        if x.numel() <= self.num_groups or not x.is_floating_point() or x.is_meta or not runs_fused(x):
+        if not takes(self, x, self.num_channels) or x.numel() <= self.num_groups:
             return None
-        if _is_transformed():
-            return None
+        own = self.__dict__
         casts: bool = own.get("_ddpm_fast_casts", False)
         if not casts and not x.is_cpu:
             device = x.device.type
@@ -122,13 +153,10 @@ class FusedNorm(Accelerated, nn.GroupNorm):
         if inside and (silu or modulated):
             return None
         if modulated or embedding is not None:
-            rows: list[Tensor | None] = []
-            for given in (scale, shift, embedding):
-                row = None if given is None else _rows(given, x)
-                if given is not None and row is None:
-                    return None
-                rows.append(row)
-            scale, shift, embedding = rows
+            found = rows((scale, shift, embedding), x)
+            if found is None:
+                return None
+            scale, shift, embedding = found
         return group_norm_silu(
             x,
             self.num_groups,
@@ -142,30 +170,23 @@ class FusedNorm(Accelerated, nn.GroupNorm):
         )
 
 
-def _stand_in(norm: nn.GroupNorm) -> nn.GroupNorm:
+def stand_in(norm: M) -> M:
     """The norm with weights of our own on the CPU: zeros would hide what it computes, and so would a meta device."""
-    stand_in = norm.__class__.__new__(norm.__class__)
-    stand_in.__dict__ = norm.__dict__.copy()
+    twin = norm.__class__.__new__(norm.__class__)
+    twin.__dict__ = norm.__dict__.copy()
     generator = torch.Generator().manual_seed(0)
-    stand_in._parameters = {
-        name: p if p is None else nn.Parameter(torch.randn(norm.num_channels, generator=generator))
+    twin._parameters = {
+        name: p if p is None else nn.Parameter(torch.randn(p.shape, generator=generator))
         for name, p in norm._parameters.items()
     }
-    return stand_in
+    return twin
 
 
-def why_not(norm: nn.Module) -> str | None:
-    """Why a norm module cannot run on the fused op; None if it can, which for a subclass of nn.GroupNorm is tried out.
+def why_no_group_norm(norm: nn.GroupNorm) -> str | None:
+    """Why a GroupNorm cannot run on the fused op; None if it can, which for a subclass is tried out.
 
     A subclass may cast to float32 and back (openai's GroupNorm32) and apply SiLU itself (GLIDE's).
     """
-    kind = type(norm).__name__
-    if isinstance(norm, torch.jit.ScriptModule):
-        return "scripted: its forward cannot be replaced"
-    if not isinstance(norm, nn.GroupNorm):
-        return f"{kind} is not a GroupNorm, and there is no fused op for it"
-    if "forward" in norm.__dict__:
-        return "its forward was replaced on the instance"
     if not 0 < norm.eps < math.inf:
         return f"eps is {norm.eps}: the fused op needs a positive one"
     if set(norm._parameters) != {"weight", "bias"} or norm._buffers or norm._modules:
@@ -176,8 +197,8 @@ def why_not(norm: nn.Module) -> str | None:
 
 
 def _try_out(norm: nn.GroupNorm) -> str | None:
-    stand_in = _stand_in(norm)
-    weight, bias = (None if p is None else p.detach() for p in (stand_in.weight, stand_in.bias))
+    twin = stand_in(norm)
+    weight, bias = (None if p is None else p.detach() for p in (twin.weight, twin.bias))
     generator = torch.Generator().manual_seed(1)
     dims: dict[bool, list[int]] = {False: [], True: []}
     for shape in [(2, norm.num_channels, *(3,) * spatial) for spatial in range(4)]:
@@ -187,7 +208,7 @@ def _try_out(norm: nn.GroupNorm) -> str | None:
             return F.group_norm(x, norm.num_groups, weight, bias, norm.eps)
 
         for silu in (False, True):
-            if computes(stand_in.forward, (lambda x: F.silu(alone(x))) if silu else alone, probe):
+            if computes(twin.forward, (lambda x: F.silu(alone(x))) if silu else alone, probe):
                 dims[silu].append(probe.dim())
     found = [silu for silu in (False, True) if dims[silu]]
     if len(found) != 1:
@@ -195,7 +216,7 @@ def _try_out(norm: nn.GroupNorm) -> str | None:
     (silu,) = found
     mark(norm, "dims", tuple(dims[silu]))
     mark(norm, "silu_inside", silu)
-    mark(norm, "casts", _casts(stand_in))
+    mark(norm, "casts", _casts(twin))
     return None
 
 
@@ -214,4 +235,4 @@ def has_silu_inside(norm: nn.Module) -> bool:
 
 def is_fused_already(module: nn.Module) -> bool:
     """Whether a module is one of this package's own, on the fused op as it is."""
-    return type(module) is GroupNormSiLU
+    return type(module) in (GroupNormSiLU, RMSNormSiLU)

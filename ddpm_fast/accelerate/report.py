@@ -61,7 +61,7 @@ def acceleration_report(model: nn.Module) -> AccelerationReport:
         state, text = marked(module, "note", ("skipped", _UNTOUCHED))
         if is_fused_already(module):
             report.fused.append(name)
-            report.patterns[name] = "GroupNormSiLU of ddpm_fast, as it is"
+            report.patterns[name] = f"{type(module).__name__} of ddpm_fast, as it is"
         elif state == "fused" and is_accelerated(module):
             report.fused.append(name)
             report.patterns[name] = text

@@ -33,7 +33,7 @@ def describe(sites: list[Site]) -> str:
     silu = has_silu_inside(sites[0].norm) or any(site.act is not None for site in sites)
     return (
         "[embedding +] " * any(site.embedded for site in sites)
-        + "GroupNorm"
+        + ("GroupNorm" if isinstance(sites[0].norm, nn.GroupNorm) else "RMSNorm")
         + " [+ scale/shift]" * any(site.modulated for site in sites)
         + " + SiLU" * silu
     )

@@ -5,12 +5,14 @@ from __future__ import annotations
 from .conv import Conv3x3
 from .embedding import timestep_embedding
 from .group_norm_silu import EagerGroupNormSiLU, GroupNormSiLU, eager_copy
+from .rms_norm_silu import RMSNormSiLU
 from .unet import UNet, UNetConfig
 
 __all__ = [
     "Conv3x3",
     "EagerGroupNormSiLU",
     "GroupNormSiLU",
+    "RMSNormSiLU",
     "UNet",
     "UNetConfig",
     "eager_copy",

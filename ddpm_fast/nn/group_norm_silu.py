@@ -14,6 +14,11 @@ from .conv import Conv3x3
 _ACTIVATIONS = ("silu", None)
 
 
+def check_activation(activation: str | None) -> None:
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"activation must be 'silu' or None, got {activation!r}")
+
+
 class GroupNormSiLU(nn.GroupNorm):
     """``silu((group_norm(x + embedding)) * (1 + scale) + shift)`` in one pass.
 
@@ -40,8 +45,7 @@ class GroupNormSiLU(nn.GroupNorm):
     ) -> None:
         if num_groups < 1 or num_channels % num_groups != 0:
             raise ValueError(f"num_channels must be a multiple of num_groups, got {num_channels} and {num_groups}")
-        if activation not in _ACTIVATIONS:
-            raise ValueError(f"activation must be 'silu' or None, got {activation!r}")
+        check_activation(activation)
         super().__init__(num_groups, num_channels, eps, affine, device=device, dtype=dtype)
         self.activation = activation
 

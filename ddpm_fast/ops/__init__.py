@@ -6,6 +6,7 @@ from ddpm_fast.ops.noising import q_sample
 from ddpm_fast.ops.norm_act import group_norm_silu
 from ddpm_fast.ops.quantile import abs_quantile
 from ddpm_fast.ops.random import randn, random_timesteps
+from ddpm_fast.ops.rms_norm_act import rms_norm_silu
 
 __all__ = [
     "abs_quantile",
@@ -17,4 +18,5 @@ __all__ = [
     "q_sample",
     "randn",
     "random_timesteps",
+    "rms_norm_silu",
 ]

@@ -52,7 +52,7 @@ def skipped(norm: nn.Module) -> str:
     model = df.accelerate(nn.Sequential(norm))
     report = acceleration_report(model)
     assert report.fused == []
-    assert type(norm).__mro__[1].__name__ != "FusedNorm"
+    assert not type(norm).__mro__[1].__name__.startswith("Fused")
     return report.skipped["0"]
 
 
@@ -63,11 +63,13 @@ def test_a_subclass_that_computes_something_else(cls: type[nn.GroupNorm]) -> Non
 
 @pytest.mark.parametrize(
     "norm",
-    [nn.LayerNorm(4), nn.BatchNorm2d(4), nn.InstanceNorm2d(4), nn.RMSNorm(4), nn.LocalResponseNorm(2), o.RMSNorm(4)],
+    [nn.LayerNorm(4), nn.BatchNorm2d(4), nn.InstanceNorm2d(4), nn.RMSNorm(4), nn.LocalResponseNorm(2)],
     ids=lambda norm: type(norm).__name__ + type(norm).__module__[:1],
 )
 def test_other_norms_are_named(norm: nn.Module) -> None:
-    assert skipped(norm) == f"{type(norm).__name__} is not a GroupNorm, and there is no fused op for it"
+    assert skipped(norm) == (
+        f"{type(norm).__name__} is neither a GroupNorm nor an RMSNorm over the channels: there is no fused op for it"
+    )
 
 
 def test_a_forward_on_the_instance() -> None:

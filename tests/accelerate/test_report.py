@@ -69,8 +69,8 @@ def test_every_norm_of_a_model_is_named(name: str) -> None:
     names = {n for n, module in model.named_modules() if isinstance(module, NORMS)}
     report = acceleration_report(df.accelerate(model))
     assert set(report.fused) | set(report.skipped) == names
-    groups = {n for n in names if isinstance(model.get_submodule(n), nn.GroupNorm)}
-    assert set(report.fused) == {n for n in groups if not n.endswith("odd")}
+    known = {n for n in names if isinstance(model.get_submodule(n), (nn.GroupNorm, o.RMSNorm))}
+    assert set(report.fused) == {n for n in known if not n.endswith("odd")}
     part = next(n for n, m in model.named_children() if any(isinstance(c, NORMS) for c in m.modules()))
     inner = acceleration_report(model.get_submodule(part))
     assert {f"{part}.{n}" if n else part for n in inner.fused} == {
@@ -96,7 +96,7 @@ def test_prints_a_table() -> None:
     assert str(acceleration_report(df.accelerate(model))).splitlines() == [
         "norm           in one pass, or why not",
         "0     fused    GroupNorm + SiLU",
-        "2     skipped  LayerNorm is not a GroupNorm, and there is no fused op for it",
+        "2     skipped  LayerNorm is neither a GroupNorm nor an RMSNorm over the channels: there is no fused op for it",
         "1 fused, 1 skipped",
     ]
     assert str(acceleration_report(nn.Identity())).endswith("0 fused, 0 skipped")

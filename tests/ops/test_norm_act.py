@@ -14,8 +14,8 @@ import ddpm_fast as df
 from ddpm_fast.ops.norm_act import NORM_ACT, NORM_ACT_BACKWARD
 
 from .common import run_with_isa, same_bits, shape_id
+from .norms import FLOATS, assert_close, is_laid_out, laid_out, leaves
 
-FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 NAMES = ("weight", "bias", "scale", "shift", "embedding")
 
 # (shape, groups): groups of 12, 10, 33 and 15 values and other sizes that are no power of two; rows of a prime number
@@ -41,15 +41,6 @@ CASES = [
 
 def case_id(case: tuple[tuple[int, ...], int]) -> str:
     return f"{shape_id(case[0])}-G{case[1]}"
-
-
-def laid_out(x: Tensor, layout: str) -> Tensor:
-    """The layout at any number of dimensions, in which channels_last is (N, *, C) in memory."""
-    return x.contiguous() if layout == "contiguous" else x.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-def is_laid_out(x: Tensor, layout: str) -> bool:
-    return (x if layout == "contiguous" else x.movedim(1, -1)).is_contiguous()
 
 
 def parameters(
@@ -92,20 +83,6 @@ def plain(
 def exact(x: Tensor, num_groups: int, **given: Any) -> Tensor:
     given = {name: v.double() if isinstance(v, Tensor) else v for name, v in given.items()}
     return plain(x.double(), num_groups, **given)
-
-
-def assert_close(got: Tensor, expected: Tensor, relative: float = 3e-6, of: str = "y") -> None:
-    """Within `relative` of the largest element, the arithmetic's error, and half a unit of the last place of the
-    dtype, the final rounding's."""
-    assert got.shape == expected.shape
-    allowed = relative * expected.abs().max() + expected.abs() * torch.finfo(got.dtype).eps / 2
-    allowed = allowed + torch.finfo(got.dtype).smallest_normal * torch.finfo(got.dtype).eps
-    error = (got.double() - expected).abs()
-    assert bool((error <= allowed).all()), f"{of}: error {error.max():.3e} of {expected.abs().max():.3e}"
-
-
-def leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
 
 
 # ---- Values ----
