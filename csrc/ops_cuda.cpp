@@ -10,6 +10,8 @@ STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CUDA, m) {
   m.impl("noising.cuda", TORCH_BOX(&ddpm_fast::cuda::noising));
   m.impl("noising_random.cuda", TORCH_BOX(&ddpm_fast::cuda::noising_random));
   m.impl("denoise.cuda", TORCH_BOX(&ddpm_fast::cuda::denoise));
+  m.impl("norm_act.cuda", TORCH_BOX(&ddpm_fast::cuda::norm_act));
+  m.impl("norm_act_backward.cuda", TORCH_BOX(&ddpm_fast::cuda::norm_act_backward));
 }
 
 static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};

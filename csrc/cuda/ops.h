@@ -22,5 +22,15 @@ void denoise(Tensor x_t, Tensor model_output, std::optional<Tensor> unconditiona
              std::optional<Tensor> threshold, std::optional<Tensor> noise, std::optional<Tensor> seed,
              std::optional<Tensor> sample_ids, int64_t stream, Tensor out, std::optional<Tensor> x0_out);
 
+void norm_act(Tensor x, int64_t num_groups, std::optional<Tensor> weight, std::optional<Tensor> bias,
+              std::optional<Tensor> scale, std::optional<Tensor> shift, std::optional<Tensor> embedding, double eps,
+              int64_t activation, Tensor out, std::optional<Tensor> mean, std::optional<Tensor> rstd);
+void norm_act_backward(Tensor grad_out, Tensor x, Tensor mean, Tensor rstd, int64_t num_groups,
+                       std::optional<Tensor> weight, std::optional<Tensor> bias, std::optional<Tensor> scale,
+                       std::optional<Tensor> shift, std::optional<Tensor> embedding, int64_t activation,
+                       std::optional<Tensor> grad_x, std::optional<Tensor> grad_weight,
+                       std::optional<Tensor> grad_bias, std::optional<Tensor> grad_scale,
+                       std::optional<Tensor> grad_shift, std::optional<Tensor> grad_embedding);
+
 }  // namespace cuda
 }  // namespace ddpm_fast

@@ -144,6 +144,12 @@ EXPORT cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute 
     default: return result(cudaErrorNotSupported);
   }
 }
+EXPORT cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* function) {
+  if (!kernels().count(function)) return result(cudaErrorInvalidDeviceFunction);
+  *attributes = cudaFuncAttributes{};
+  attributes->ptxVersion = attributes->binaryVersion = 10 * device.major + device.minor;
+  return cudaSuccess;
+}
 EXPORT cudaError_t cudaGetDevice(int* number) {
   *number = 0;
   return cudaSuccess;
