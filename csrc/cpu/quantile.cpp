@@ -37,8 +37,8 @@ float quantile_of(const float* x, int64_t size, Rank rank, std::vector<int64_t>&
   uint32_t prefix = 0;  // of the value's key, as far as it is known
   int64_t left = rank.below, equal = 0;
   for (int digit = 0; digit < kDigits; ++digit) {
-    const int shift = kDigitShift[digit];
-    const uint32_t bins = kDigitBins[digit];
+    const int shift = shift_of(digit);
+    const uint32_t bins = bins_of(digit);
     std::fill(counts.begin(), counts.end(), 0);
     bool has_nan = false;
     for (int64_t i = 0; i < size; ++i) {
@@ -77,7 +77,7 @@ void abs_quantile(Tensor x, double q, Tensor out) {
   const float* const from = static_cast<const float*>(x.const_data_ptr());
   float* const to = static_cast<float*>(out.mutable_data_ptr());
   torch::stable::parallel_for(0, image.samples, 1, [&](int64_t begin, int64_t end) {
-    std::vector<int64_t> counts(kDigitBins[0]);
+    std::vector<int64_t> counts(kMostBins);
     for (int64_t n = begin; n < end; ++n)
       to[n] = quantile_of(from + n * image.sample_stride, image.size(), rank, counts);
   });

@@ -8,9 +8,15 @@ namespace ddpm_fast {
 
 // The bits of |x| in float32 are in the order of the values, NaN above infinity; they are counted digit by digit.
 constexpr uint32_t kInfinityKey = 0x7f800000u;
-constexpr int kDigits = 3;
-constexpr int kDigitShift[kDigits] = {20, 10, 0};
-constexpr int kDigitBins[kDigits] = {2048, 1024, 1024};
+constexpr int kDigits = 3, kMostBins = 2048;
+#ifdef __CUDACC__
+__host__ __device__
+#endif
+constexpr int bins_of(int digit) { return digit == 0 ? kMostBins : 1024; }
+#ifdef __CUDACC__
+__host__ __device__
+#endif
+constexpr int shift_of(int digit) { return 20 - 10 * digit; }
 
 // The place of the q quantile among `size` ascending values, as torch.quantile computes it: in float32 as far as that
 // holds it exactly.
