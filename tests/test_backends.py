@@ -82,5 +82,8 @@ def test_a_gpu_backend_that_fails_its_check_is_not_used_and_says_so_once() -> No
             warnings.simplefilter("error")
             assert backends.choose(tensor) == "triton"
         assert "cuda" not in df.available_backends()
-        with pytest.raises(ValueError, match="'cuda' is not available .its self-check gave wrong noise."), df.use_backend("cuda"):
+        with (
+            pytest.raises(ValueError, match=r"'cuda' is not available \(its self-check gave wrong noise\)"),
+            df.use_backend("cuda"),
+        ):
             pass

@@ -96,7 +96,7 @@ def no_device(capture_error: str | None = None) -> Iterator[list[str]]:
         mock.patch.object(torch.cuda, "CUDAGraph", Graph),
         mock.patch.object(torch.cuda, "graph", record),
         mock.patch.multiple(torch.cuda, current_stream=nothing, Stream=nothing, stream=nothing, device=nothing),
-        mock.patch.object(graph, "obstacle", lambda run: None),
+        mock.patch.object(graph, "obstacle", return_value=None),
     ):
         yield events
 
@@ -110,7 +110,9 @@ def test_one_step_is_made_one_captured_and_the_rest_replayed() -> None:
 
 def test_a_model_that_cannot_be_captured_runs_without_a_graph_and_says_so_once() -> None:
     with no_device("operation not permitted when stream is capturing"):
-        with pytest.warns(RuntimeWarning, match="cannot be captured in a CUDA graph, and runs without: operation") as seen:
+        with pytest.warns(
+            RuntimeWarning, match="cannot be captured in a CUDA graph, and runs without: operation"
+        ) as seen:
             got = df.Sampler(model, SCHEDULE, steps=5).sample(SHAPE, seed=7)
         assert len(seen) == 1
         with pytest.raises(RuntimeError, match="not permitted"):

@@ -107,4 +107,3 @@ def graphed(run: Run, wish: bool | str) -> GraphedSteps | None:
     if wish is True:
         raise ValueError(f"cuda_graph=True is not possible here: {reason}")
     return None
-

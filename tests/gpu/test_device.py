@@ -65,9 +65,7 @@ def test_the_step_is_the_cpus(
     outputs = [laid_out(torch.randn(3, 3 if variance == "fixed" else 6, 64, 64).to(dtype), layout) for _ in range(2)]
     index = torch.tensor([0, 500, 999])
     options: dict[str, Any] = {"prediction": prediction, "variance": variance, "clip": (-1.0, 1.0), "seed": 9}
-    got = denoise(
-        x_t.cuda(), outputs[0].cuda(), rows.cuda(), index.cuda(), unconditional=outputs[1].cuda(), **options
-    )
+    got = denoise(x_t.cuda(), outputs[0].cuda(), rows.cuda(), index.cuda(), unconditional=outputs[1].cuda(), **options)
     with df.use_backend("reference"):
         expected = denoise(x_t, outputs[0], rows, index, unconditional=outputs[1], **options)
     assert same_bits(got.cpu(), expected)
