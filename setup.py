@@ -136,8 +136,9 @@ def extensions() -> dict[str, object]:
 
         def run(self) -> None:
             built: list[Extension] = []
+            compiler = self.compiler  # its name, which a run replaces by an object
             for module in list(self.extensions):
-                self.extensions = [module]
+                self.extensions, self.compiler = [module], compiler
                 try:
                     if nvcc is not None and module.name == "ddpm_fast._cuda":
                         module.extra_objects = compile_cuda(nvcc, Path(self.build_temp))

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 
 namespace ddpm_fast {
 namespace cuda {
@@ -50,9 +51,11 @@ constexpr int64_t kTileChannels = 256;
 
 inline TilePlan plan_tiles(int64_t samples, int64_t channels, int64_t pixels, int processors) {
   const int64_t tile_channels = std::min(channels, kTileChannels);
-  // A multiple of eight keeps tiles aligned, for vectors of any dtype and for Philox's four.
-  const int64_t most = std::max<int64_t>(kTileElements / tile_channels / 8 * 8, 8);
-  const int64_t tile_pixels = std::min(most, ceil_div(pixels, 8) * 8);
+  // A multiple of eight keeps tiles aligned, for vectors of any dtype and for Philox's four. With this many a warp makes
+  // the noise of one group of channels, and its writes meet no bank twice.
+  const int64_t whole_warps = std::max<int64_t>(128 / std::gcd(tile_channels, int64_t{16}), 8);
+  const int64_t most = std::max<int64_t>(kTileElements / tile_channels, 8), unit = most < whole_warps ? 8 : whole_warps;
+  const int64_t tile_pixels = std::min(most / unit * unit, ceil_div(pixels, 8) * 8);
   const int64_t x = ceil_div(pixels, tile_pixels), z = ceil_div(channels, tile_channels);
   return {limited(x, samples, z, processors), static_cast<int>(tile_pixels), static_cast<int>(tile_channels),
           static_cast<int>(tile_pixels * tile_channels * 4)};

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from ..ops.common import same_bits
@@ -42,10 +43,10 @@ def traced(op: Callable[[], object], target: int = 90) -> Launch:
     return launch
 
 
-def bytes_of(launch: Launch, kind: str, sizes: tuple[int, ...] = (8, 16)) -> int:
-    """Bytes that a launch reads or writes in accesses of those sizes: of images, beside a sample's numbers."""
-    trace = launch.trace[launch.trace["kind"] == metrics.KINDS.index(kind)]
-    return sum(int(trace["size"][trace["size"] == size].sum()) for size in sizes)
+def bytes_of(launch: Launch, kind: str) -> int:
+    """Bytes of images that a launch reads or writes: a warp's lanes take neighbours, where they share a sample's numbers."""
+    lines = [line for line, a in metrics.metrics(launch.trace).items() if a.name == kind and a.per_request > 1]
+    return int(launch.trace["size"][np.isin(launch.trace["pc"], lines)].sum())
 
 
 def is_coalesced(launch: Launch) -> None:

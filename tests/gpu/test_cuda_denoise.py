@@ -215,7 +215,7 @@ def test_refuses_what_it_does_not_take() -> None:
         with pytest.raises(RuntimeError, match="model_output has a dtype that the kernels do not read"):
             step(x, x.double())
         with pytest.raises(RuntimeError, match="x_t must be contiguous or channels_last"):
-            step(x[:, :2], x[:, :2].contiguous())
+            step(x[..., ::2], x[..., ::2].contiguous())
         with pytest.raises(RuntimeError, match="threshold must be a contiguous float32 tensor of 2 elements"):
             step(x, x, torch.ones(3))
         with pytest.raises(RuntimeError, match="out must have the dtype and layout of the other results"):
@@ -246,7 +246,6 @@ def test_memory(dtype: torch.dtype, layout: str) -> None:
     launch = traced(
         lambda: DENOISE["cuda"](x_t, output, None, rows, index, 0, 0, -1.0, 1.0, None, None, SEED, None, 1, out, None)
     )
-    assert launch.stats["st_bytes"] == bytes_of(launch, "st.global", (16,)) == out.nbytes
-    wide = x_t.nbytes + (output.nbytes if dtype == torch.float32 else 0)
-    assert bytes_of(launch, "ld.global", (16,)) == wide
+    assert launch.stats["st_bytes"] == bytes_of(launch, "st.global") == out.nbytes
+    assert bytes_of(launch, "ld.global") == x_t.nbytes + output.nbytes
     is_coalesced(launch)

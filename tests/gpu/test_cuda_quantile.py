@@ -96,6 +96,6 @@ def test_every_operation_is_rounded_on_its_own(target: int) -> None:
 @pytest.mark.parametrize("target", ARCHITECTURES)
 def test_spills_nothing(target: int) -> None:
     for name, machine in spills_nothing("quantile", target).items():
-        assert machine.registers <= 32, name  # a full multiprocessor
+        assert machine.registers <= 40, name  # six blocks of 256 threads on a multiprocessor
         if "count" in name or "next" in name:
             assert machine.accesses("LDG.E.128"), name
