@@ -34,6 +34,13 @@ PerSample rows(const Tensor& tensor, int64_t samples, int64_t count, const char*
   return values;
 }
 
+float* per_sample_result(const Tensor& tensor, int64_t samples, const char* name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.dim() == 1 && tensor.numel() == samples &&
+                      tensor.is_contiguous(),
+                  name, " must be a contiguous float32 tensor of ", samples, " elements");
+  return static_cast<float*>(tensor.mutable_data_ptr());
+}
+
 const float* table(const Tensor& tensor, int64_t columns, const char* name) {
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.dim() == 2 && tensor.size(1) == columns &&
                       tensor.is_contiguous(),

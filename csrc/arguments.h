@@ -43,6 +43,9 @@ PerSample per_sample(const Tensor& tensor, int64_t samples, const char* name);
 // The same where the values are rows of a table, and so must lie in [0, count).
 PerSample rows(const Tensor& tensor, int64_t samples, int64_t count, const char* name);
 
+// The elements of a contiguous float32 tensor (N,).
+float* per_sample_result(const Tensor& tensor, int64_t samples, const char* name);
+
 // A contiguous float32 table with so many columns.
 const float* table(const Tensor& tensor, int64_t columns, const char* name);
 

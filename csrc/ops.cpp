@@ -9,6 +9,11 @@ STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
   m.impl("normal.cpu", TORCH_BOX(&ddpm_fast::normal));
   m.impl("noising.cpu", TORCH_BOX(&ddpm_fast::noising));
   m.impl("noising_random.cpu", TORCH_BOX(&ddpm_fast::noising_random));
+  m.impl("noising_drawn.cpu", TORCH_BOX(&ddpm_fast::noising_drawn));
+  m.impl("target_loss.cpu", TORCH_BOX(&ddpm_fast::target_loss));
+  m.impl("target_loss_backward.cpu", TORCH_BOX(&ddpm_fast::target_loss_backward));
+  m.impl("bound_terms.cpu", TORCH_BOX(&ddpm_fast::bound_terms));
+  m.impl("bound_terms_backward.cpu", TORCH_BOX(&ddpm_fast::bound_terms_backward));
   m.impl("denoise.cpu", TORCH_BOX(&ddpm_fast::denoise));
   m.impl("abs_quantile.cpu", TORCH_BOX(&ddpm_fast::abs_quantile));
   m.impl("norm_act.cpu", TORCH_BOX(&ddpm_fast::norm_act));

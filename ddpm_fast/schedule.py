@@ -31,8 +31,8 @@ class NoiseSchedule:
 
     Make one with :meth:`linear`, :meth:`cosine`, :meth:`quadratic`, :meth:`sigmoid`, :meth:`scaled_linear`,
     :meth:`from_betas`, :meth:`from_tables`, :meth:`log_snr` or :meth:`named`, and derive others with
-    :meth:`respace` and :meth:`rescale_zero_terminal_snr`. Two schedules are equal when their betas, their
-    numbering and the tables given for them are.
+    :meth:`respace`, :meth:`karras` and :meth:`rescale_zero_terminal_snr`. Two schedules are equal when their
+    betas, their numbering and the tables given for them are.
     """
 
     __slots__ = (
@@ -40,7 +40,7 @@ class NoiseSchedule:
         "_device_tables",
         "_imported",
         "_label",
-        "_log_snr",
+        "_network_times",
         "_original_timesteps",
         "_tables",
         "_timestep_map",
@@ -50,7 +50,7 @@ class NoiseSchedule:
     _device_tables: dict[torch.device, Tensor]
     _imported: dict[str, _Array]
     _label: str
-    _log_snr: tuple[float, ...]
+    _network_times: tuple[float, ...]
     _original_timesteps: int
     _tables: dict[str, _Array]
     _timestep_map: tuple[int, ...]
@@ -71,7 +71,7 @@ class NoiseSchedule:
         timestep_map: Sequence[int] | None = None,
         original_timesteps: int | None = None,
         imported: dict[str, _Array] | None = None,
-        log_snr: Sequence[float] = (),
+        network_times: Sequence[float] = (),
     ) -> NoiseSchedule:
         _check_betas(betas, label)
         self = object.__new__(cls)
@@ -81,7 +81,7 @@ class NoiseSchedule:
         set_once(self, "_timestep_map", tuple(range(len(betas)) if timestep_map is None else timestep_map))
         set_once(self, "_original_timesteps", original_timesteps or len(betas))
         set_once(self, "_imported", imported or {})
-        set_once(self, "_log_snr", tuple(log_snr))
+        set_once(self, "_network_times", tuple(network_times))
         set_once(self, "_tables", {**_tables(betas), **(imported or {})})
         set_once(self, "_device_tables", {})
         return self
@@ -263,14 +263,23 @@ class NoiseSchedule:
         abar = 1.0 / (1.0 + np.exp(-ratio))
         betas = 1.0 - abar[1:] / abar[:-1]
         tables = _tables(betas, abar[1:], float(abar[0]))
-        return cls._build(betas, f"log_snr {name}", imported=tables, log_snr=values[1:].tolist())
+        return cls._build(betas, f"log_snr {name}", imported=tables, network_times=values[1:].tolist())
 
     # ------------------------------------------------------------------ tables
 
     @property
     def network_times(self) -> Tensor:
-        """``(T,)``: what a network gets as t: `timestep_map`, or float32 log signal-to-noise ratios."""
-        return torch.tensor(self._log_snr) if self._log_snr else self.timestep_map
+        """``(T,)``: what a network gets as t.
+
+        `timestep_map`; float32 log signal-to-noise ratios of :meth:`log_snr`; or float32 places between timesteps of
+        :meth:`karras`.
+        """
+        return torch.tensor(self._network_times) if self._network_times else self.timestep_map
+
+    @property
+    def name(self) -> str:
+        """What made it: "linear", "from_betas", "log_snr", "karras" and so on."""
+        return self._label.split()[0]
 
     @property
     def timesteps(self) -> int:
@@ -285,7 +294,7 @@ class NoiseSchedule:
     @property
     def is_imported(self) -> bool:
         """Whether tables of this schedule are another object's own (:meth:`from_tables`)."""
-        return bool(self._imported) and not self._log_snr
+        return bool(self._imported) and not self._network_times
 
     @property
     def timestep_map(self) -> Tensor:
@@ -393,6 +402,7 @@ class NoiseSchedule:
         - "10,10,5": T is cut into sections as equal as possible, cleanest first, and each gives that many
           evenly spaced steps, its first and its last among them (Nichol, Dhariwal 2021).
         - "ddim50": every k-th step from 0, with the smallest k that gives exactly 50.
+        - "fast27": "10,10,3,2,2" with T - 3 in the place of T - 1 (GLIDE's upsampler, Nichol et al. 2022).
         - the steps themselves, as numbers of this schedule (0 .. T-1), ascending or descending.
 
         Returns: a schedule whose `timestep_map` holds the original numbers, ascending.
@@ -405,12 +415,49 @@ class NoiseSchedule:
         kept = kept_steps(steps, spacing, self.timesteps)
         if len(kept) == self.timesteps:
             return self
-        if self._log_snr:
-            raise ValueError("a log_snr schedule cannot be respaced: make another with the steps wanted")
+        if self._network_times:
+            raise ValueError(f"a {self.name} schedule cannot be respaced: make another with the steps wanted")
         abar = self._tables["alphas_cumprod"][kept]
         with np.errstate(divide="ignore", invalid="ignore"):
             betas = 1.0 - abar / np.append(1.0, abar[:-1])
         return self._build(betas, self._label, [self._timestep_map[k] for k in kept], self._original_timesteps)
+
+    def karras(self, steps: int, rho: float = 7.0) -> NoiseSchedule:
+        """Noise levels of Karras et al. from this schedule's last to its first, denser where there is less noise.
+
+        sigma = sqrt(1 / abar - 1) is spaced evenly in sigma^(1 / rho) (Karras, Aittala, Aila, Laine, "Elucidating the
+        Design Space of Diffusion-Based Generative Models" (2022), eq. 5). The levels lie between timesteps, and a
+        network gets such a place as a float32 t: linear in log sigma between the two neighbours, as k-diffusion's
+        wrappers of discrete models have it. `timestep_map` holds the timesteps next to the levels, of which several
+        may be the same.
+
+        Raises:
+            TypeError: `steps` is no int or `rho` no real number.
+            ValueError: steps < 1, rho <= 0, or a schedule of :meth:`log_snr` or this, whose levels are fixed, or with
+                a level that has no signal.
+        """
+        count = _check_count(steps, "steps")
+        if _check_real("rho", rho) <= 0.0:
+            raise ValueError(f"rho must be more than 0, got {rho}")
+        if self._network_times:
+            raise ValueError(f"a {self.name} schedule has levels of its own and no others")
+        abar = self._tables["alphas_cumprod"]
+        if abar[-1] == 0.0:
+            raise ValueError("karras needs a finite sigma, and the last level of this schedule has no signal")
+        sigmas = np.sqrt((1.0 - abar) / abar)
+        spaced = np.linspace(sigmas[-1] ** (1.0 / rho), sigmas[0] ** (1.0 / rho), count)[::-1] ** rho
+        spaced[0], spaced[-1] = sigmas[0], sigmas[-1]  # the power and its root round
+        times = np.interp(np.log(spaced), np.log(sigmas), np.array(self._timestep_map, dtype=np.float64))
+        levels = 1.0 / (1.0 + spaced**2)
+        betas = 1.0 - levels / np.append(1.0, levels[:-1])
+        return self._build(
+            betas,
+            "karras",
+            [int(t) for t in np.rint(times)],
+            self._original_timesteps,
+            imported=_tables(betas, levels),
+            network_times=torch.from_numpy(times).float().tolist(),
+        )
 
     def rescale_zero_terminal_snr(self) -> NoiseSchedule:
         """Shift and scale sqrt(abar) so that the last step is pure noise and the first keeps its value.
@@ -422,8 +469,8 @@ class NoiseSchedule:
         Raises:
             ValueError: the schedule has only one step.
         """
-        if self._log_snr:
-            raise ValueError("a log_snr schedule cannot be rescaled: its levels are what its network is told")
+        if self._network_times:
+            raise ValueError(f"a {self.name} schedule cannot be rescaled: its levels are what its network is told")
         if self.timesteps < 2:
             raise ValueError("rescale_zero_terminal_snr needs at least 2 timesteps, this schedule has 1")
         root = self._tables["sqrt_alphas_cumprod"]
@@ -449,7 +496,7 @@ class NoiseSchedule:
             np.array_equal(self._betas, other._betas)
             and self._timestep_map == other._timestep_map
             and self._original_timesteps == other._original_timesteps
-            and self._log_snr == other._log_snr
+            and self._network_times == other._network_times
             and self._imported.keys() == other._imported.keys()
             and all(np.array_equal(table, other._imported[name]) for name, table in self._imported.items())
         )
@@ -460,7 +507,14 @@ class NoiseSchedule:
     def __reduce__(self) -> tuple[Callable[..., NoiseSchedule], tuple[object, ...]]:
         return (
             type(self)._build,
-            (self._betas, self._label, self._timestep_map, self._original_timesteps, self._imported, self._log_snr),
+            (
+                self._betas,
+                self._label,
+                self._timestep_map,
+                self._original_timesteps,
+                self._imported,
+                self._network_times,
+            ),
         )
 
     def __repr__(self) -> str:
@@ -543,7 +597,7 @@ def kept_steps(steps: int | str | Iterable[int], spacing: str | None, total: int
         steps = steps.reshape(-1).tolist()
     if isinstance(steps, bool) or not isinstance(steps, Iterable):
         raise TypeError(
-            f"steps must be an int, a string such as '50', '10,10,5' or 'ddim50', or the steps themselves; "
+            f"steps must be an int, a string such as '50', '10,10,5', 'ddim50' or 'fast27', or the steps themselves; "
             f"got {type(steps).__name__}"
         )
     return _explicit(list(steps), total)
@@ -588,13 +642,15 @@ def _from_specification(text: str, total: int) -> list[int]:
             if len(range(0, total, stride)) == count:
                 return list(range(0, total, stride))
         raise ValueError(f"steps={text!r}: no integer stride takes exactly {count} of {total} steps")
+    if text == "fast27":
+        return [*_sections([10, 10, 3, 2, 2], total)[:-1], total - 3]
     return _sections([_parse_count(part, text) for part in text.split(",")], total)
 
 
 def _parse_count(digits: str, text: str) -> int:
     stripped = digits.strip()
     if not (stripped.isascii() and stripped.isdigit()):
-        raise ValueError(f"steps={text!r} is not understood: write '50', '10,10,5' or 'ddim50'")
+        raise ValueError(f"steps={text!r} is not understood: write '50', '10,10,5', 'ddim50' or 'fast27'")
     return int(stripped)
 
 
@@ -649,12 +705,12 @@ def _real_array(name: str, values: Tensor | npt.ArrayLike) -> _Array:
         ) from error
 
 
-def _check_count(timesteps: int) -> int:
-    if isinstance(timesteps, bool) or not isinstance(timesteps, (int, np.integer)):
-        raise TypeError(f"timesteps must be an int, got {type(timesteps).__name__}")
-    if timesteps < 1:
-        raise ValueError(f"timesteps must be at least 1, got {timesteps}")
-    return int(timesteps)
+def _check_count(count: int, name: str = "timesteps") -> int:
+    if isinstance(count, bool) or not isinstance(count, (int, np.integer)):
+        raise TypeError(f"{name} must be an int, got {type(count).__name__}")
+    if count < 1:
+        raise ValueError(f"{name} must be at least 1, got {count}")
+    return int(count)
 
 
 def _check_real(name: str, value: float) -> float:

@@ -11,6 +11,7 @@ same bits.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -25,8 +26,10 @@ __all__ = [
     "VARIANCES",
     "CoefficientTable",
     "check_eta",
+    "check_snr",
     "ddim_table",
     "ddpm_table",
+    "langevin_table",
     "make_table",
 ]
 
@@ -58,7 +61,7 @@ class CoefficientTable:
     """One row of coefficients for each of S steps, the noisiest first.
 
     Attributes:
-        solver: "ddpm", "ddim", "plms" or one of `SIGMA_SOLVERS`.
+        solver: "ddpm", "ddim", "plms", "langevin" or one of `SIGMA_SOLVERS`.
         prediction: one of `PREDICTIONS`.
         variance: one of `VARIANCES`.
         timesteps: int64 ``(S,)`` on the CPU, descending, numbered as in the original schedule.
@@ -214,6 +217,57 @@ def ddim_table(
     )
 
 
+def langevin_table(
+    schedule: NoiseSchedule,
+    *,
+    prediction: str = "epsilon",
+    variance: str = "fixed_small",
+    snr: float = 0.16,
+    guidance_scale: float = 1.0,
+    updates: int = 1,
+    denoise_last: bool = False,
+) -> CoefficientTable:
+    """Langevin dynamics at the schedule's levels: ``x + delta * score(x) + sqrt(2 delta) * z``, `updates` rows a level.
+
+    The step size is that of the corrector of Song et al. 2021, algorithm 5, ``delta = 2 alpha (r |z| / |score|)^2``,
+    with the squared norms at their expected values, D of z and ``D / (1 - abar)`` of the score: so
+    ``delta = 2 alpha r^2 (1 - abar)``, which neither the batch nor the draw changes. The score belongs to the (clipped)
+    x0 by Tweedie's formula, which makes the update linear in x0 and x. At a level of variance v the stationary variance
+    of the updates is ``v / (1 - delta / (2 v))``.
+
+    Args:
+        schedule: the levels.
+        prediction, variance: what the network's output carries.
+        snr: r, in (0, 1): larger steps, quicker and less exact.
+        guidance_scale: w of classifier-free guidance.
+        updates: rows of each level, one after the other.
+        denoise_last: whether the last row is x0 itself, without noise: the end of a sampler.
+
+    Raises:
+        TypeError: `schedule` is no NoiseSchedule or `snr` no real number.
+        ValueError: as :func:`ddpm_table`; "x_prev" prediction, which has no score; `snr` outside (0, 1).
+    """
+    _check(schedule, prediction, variance)
+    check_snr(snr)
+    if prediction == "x_prev":
+        raise ValueError("prediction='x_prev' is the mean of a DDPM step and has no score: no Langevin dynamics")
+    x0_from_x, x0_from_output = _x0_columns(schedule, prediction)
+    ratio = 2.0 * snr**2 * schedule.alphas  # delta / (1 - abar)
+    mean_from_x0 = ratio * schedule.sqrt_alphas_cumprod
+    mean_from_x = 1.0 - ratio
+    sigma = torch.sqrt(2.0 * ratio) * schedule.sqrt_one_minus_alphas_cumprod
+    zeros = torch.zeros_like(sigma)
+    columns = [x0_from_x, x0_from_output, mean_from_x0, mean_from_x, sigma, zeros, zeros]
+    columns = [column.repeat_interleave(updates) for column in (*columns, torch.full_like(sigma, guidance_scale))]
+    if denoise_last:
+        for name, value in (("mean_from_x0", 1.0), ("mean_from_x", 0.0), ("sigma", 0.0)):
+            columns[COLUMNS.index(name)][0] = value
+    table = make_table(
+        "langevin", schedule, prediction, variance, columns, columns[COLUMNS.index("sigma")].float(), updates=updates
+    )
+    return dataclasses.replace(table, draws=(*table.draws[:-1], 0)) if denoise_last else table
+
+
 def _x0_columns(schedule: NoiseSchedule, prediction: str) -> tuple[Tensor, Tensor]:
     if prediction == "epsilon":
         return schedule.sqrt_recip_alphas_cumprod, schedule.sqrt_recipm1_alphas_cumprod
@@ -233,8 +287,11 @@ def make_table(
     draws: tuple[int, ...] | None = None,
     output_weight: Tensor | None = None,
     x0_rows: Tensor | None = None,
+    updates: int = 1,
 ) -> CoefficientTable:
     """A table from its columns, which are float64 ``(T,)`` in the order of the schedule, cleanest step first.
+
+    With `updates` they are ``(T * updates,)``, as many entries for each timestep.
 
     `sigma` is its float32 column, not always a plain cast. The rest is as in :class:`CoefficientTable`, noisiest
     step first; `draws` is once a step unless given.
@@ -245,12 +302,12 @@ def make_table(
     rows64 = torch.stack(columns, dim=1).flip(0)
     rows = rows64.float()
     rows[:, COLUMNS.index("sigma")] = sigma.flip(0)
-    timesteps = schedule.timestep_map.flip(0)
+    timesteps = schedule.timestep_map.flip(0).repeat_interleave(updates)
     finite = torch.isfinite(rows)
     if not finite.all():
         row, column = (int(v) for v in (~finite).nonzero()[0])
         t = int(timesteps[row])
-        abar = float(schedule.alphas_cumprod.flip(0)[row])
+        abar = float(schedule.alphas_cumprod.flip(0)[row // updates])
         where = f"at timestep {t}, where alphas_cumprod is {abar:.3g}"
         if prediction == "epsilon" and COLUMNS[column].startswith("x0"):
             raise ValueError(
@@ -271,6 +328,15 @@ def check_eta(eta: float) -> float:
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta must lie in [0, 1], got {eta}")
     return float(eta)
+
+
+def check_snr(snr: float) -> float:
+    """`snr` if Langevin dynamics can be run with it, an error otherwise."""
+    if isinstance(snr, bool) or not isinstance(snr, (int, float)):
+        raise TypeError(f"corrector_snr must be a real number, got {type(snr).__name__}")
+    if not 0.0 < snr < 1.0:
+        raise ValueError(f"corrector_snr must lie in (0, 1), got {snr}")
+    return float(snr)
 
 
 def _check(schedule: NoiseSchedule, prediction: str, variance: str) -> None:

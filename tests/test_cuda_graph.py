@@ -151,9 +151,10 @@ class Device:
         ({"cond_fn": lambda x, t: x}, {}, "may do anything"),
         ({}, {"noise": lambda draw, t, shape: torch.zeros(shape)}, "does not come from a seed"),
         ({}, {"generator": torch.Generator()}, "does not come from a seed"),
+        ({"corrector_steps": 1}, {}, "updates of its own"),
         ({"steps": 2}, {}, "too few"),
     ],
-    ids=["none", "plms", "heun", "self_condition", "denoised_fn", "cond_fn", "noise", "generator", "two steps"],
+    ids=["none", "plms", "heun", "self_condition", "denoised_fn", "cond_fn", "noise", "generator", "corrector", "two steps"],
 )
 def test_obstacles(options: dict[str, Any], kwargs: dict[str, Any], message: str | None) -> None:
     run = runs(df.Sampler(model, SCHEDULE, **options), **kwargs)

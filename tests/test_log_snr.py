@@ -11,14 +11,9 @@ from torch import Tensor
 
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.schedule import NoiseSchedule
+from tests.originals.imagen import log_snr
 
 SHAPE = (2, 3, 8, 8)
-
-
-def log_snr(name: str, t: Tensor) -> Tensor:
-    if name == "linear":
-        return -torch.log(torch.expm1(1e-4 + 10 * (t**2)))
-    return -torch.log((torch.cos((t + 0.008) / (1 + 0.008) * math.pi * 0.5) ** -2 - 1).clamp(min=1e-5))
 
 
 def net(x: Tensor, condition: Tensor) -> Tensor:

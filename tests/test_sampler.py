@@ -665,6 +665,24 @@ def test_both_ways_of_calling_agree(dtype):
     assert torch.equal(joined, twice)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_halves_are_the_state_in_the_networks_dtype_and_the_states_layout(dtype, memory_format):
+    seen = []
+
+    class Recording(Toy):
+        def forward(self, x, t, y=None):
+            seen.append(x.clone())
+            return super().forward(x, t, y)
+
+    x_T = draws(2)[0].contiguous(memory_format=memory_format)
+    sampler = Sampler(Recording(dtype=dtype), FULL, steps=2, guidance_scale=1.5)
+    states = list(sampler.stream(SHAPE, x_T=x_T, model_kwargs=Y, uncond_kwargs=NULL))
+    for x, state in zip(seen, (x_T, states[0].x), strict=True):
+        assert torch.equal(x, torch.cat([state, state]).to(dtype))
+        assert x.is_contiguous(memory_format=memory_format)
+
+
 def test_guidance_leaves_the_learned_variance_to_the_condition():
     x_T, noise = draws(6)
     schedule = FULL.respace(6)

@@ -261,6 +261,14 @@ def test_explicit_steps_in_either_order(steps, descending):
         ("0,2", [500, 999]),
         ("ddim4", [0, 250, 500, 750]),
         ("ddim50", list(range(0, 1000, 20))),
+        (
+            "fast27",
+            [
+                *(0, 22, 44, 66, 88, 111, 133, 155, 177, 199),
+                *(200, 222, 244, 266, 288, 311, 333, 355, 377, 399),
+                *(400, 500, 599, 600, 799, 800, 997),
+            ],
+        ),
         ([981, 961, 1], [1, 961, 981]),
         (torch.tensor([1, 961]), [1, 961]),
         (range(0, 1000, 500), [0, 500]),
@@ -276,6 +284,15 @@ def test_specifications(specification, expected):
 )
 def test_spacings(spacing, expected):
     assert SCHEDULE.respace(4, spacing=spacing).timestep_map.tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "quadratic", "sigmoid", "scaled_linear"])
+def test_a_schedule_knows_what_made_it(name):
+    schedule = NoiseSchedule.named(name, 100)
+    assert schedule.name == schedule.respace(10).name == name
+    assert schedule.karras(3).name == "karras"
+    assert NoiseSchedule.from_betas([0.1, 0.2]).name == "from_betas"
+    assert NoiseSchedule.log_snr("cosine", 3).name == "log_snr"
 
 
 def test_all_steps_are_the_same_schedule():
@@ -306,6 +323,7 @@ def test_respacing_twice_keeps_the_original_numbers():
         ("ddim51", None, ValueError, "no integer stride takes exactly 51 of 1000"),
         ("ddim", None, ValueError, "'ddim' is not understood"),
         ("ten", None, ValueError, "'ten' is not understood"),
+        ("fast28", None, ValueError, "'fast28' is not understood"),
         ("10,,5", None, ValueError, "is not understood"),
         ("-5", None, ValueError, "is not understood"),
         ("0", None, ValueError, "at least one step"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -20,11 +21,20 @@ FULL = NoiseSchedule.linear(1000)
 class Denoiser:
     """k-diffusion's view of a network of epsilon: D(x, sigma), x = x_0 + sigma * noise, in float64."""
 
-    def __init__(self, schedule: NoiseSchedule, net: Net, clip: float | None) -> None:
+    def __init__(self, schedule: NoiseSchedule, net: Net, clip: float | None, karras: int | None = None) -> None:
+        """At the schedule's own levels, or at `karras` levels of Karras et al. between its last and its first."""
         self.net, self.clip, self.calls = net.double().eval(), clip, 0
-        abar = schedule.alphas_cumprod.flip(0)
-        self.sigmas = [*((1 - abar) / abar).sqrt().tolist(), 0.0]
-        self.times = schedule.timestep_map.flip(0)
+        abar = schedule.alphas_cumprod
+        sigmas = ((1 - abar) / abar).sqrt()
+        if karras is None:
+            self.times = schedule.timestep_map.flip(0)
+            self.sigmas = [*sigmas.flip(0).tolist(), 0.0]
+        else:
+            ramp = torch.linspace(0, 1, karras, dtype=torch.float64)
+            low, high = sigmas[0] ** (1 / 7), sigmas[-1] ** (1 / 7)
+            spaced = (high + ramp * (low - high)) ** 7
+            self.times = torch.stack([sigma_to_t(sigma, sigmas) for sigma in spaced])
+            self.sigmas = [*spaced.tolist(), 0.0]
 
     def __call__(self, x: Tensor, i: int) -> Tensor:
         self.calls += 1
@@ -33,6 +43,14 @@ class Denoiser:
             e = self.net(x / (1 + sigma**2) ** 0.5, self.times[i].expand(len(x)))
         x0 = x - sigma * e
         return x0 if self.clip is None else x0.clamp(-self.clip, self.clip)
+
+
+def sigma_to_t(sigma: Tensor, sigmas: Tensor) -> Tensor:
+    """k-diffusion's: linear in log sigma between the two timesteps beside it."""
+    log_sigma, log_sigmas = sigma.log(), sigmas.log()
+    below = int((log_sigmas <= log_sigma).sum().clamp(1, len(sigmas) - 1)) - 1
+    w = (log_sigmas[below] - log_sigma) / (log_sigmas[below] - log_sigmas[below + 1])
+    return below + w.clamp(0, 1)
 
 
 class DoubleNet(Net):
@@ -103,6 +121,76 @@ def test_solver_follows_its_paper(solver, steps, clip):
     expected = ALGORITHMS[solver](denoise, x_T.double() * scale, noise.double())
     # float32 on numbers of the size of the largest; an x0 at sigma 157 is rounded to 2e-5 before it is clipped.
     torch.testing.assert_close(result.double(), expected, rtol=0, atol=4e-5 * max(1.0, expected.abs().max().item()))
+
+
+@pytest.mark.parametrize("clip", [None, 1.0], ids=["noclip", "clip"])
+@pytest.mark.parametrize("steps", [1, 4, 15])
+@pytest.mark.parametrize("solver", ALGORITHMS)
+def test_solver_at_karras_levels_follows_its_paper(solver, steps, clip):
+    x_T, noise = torch.randn(SHAPE), torch.randn(steps, *SHAPE)
+    options = {"solver": solver, "clip": None if clip is None else (-clip, clip)}
+    sampler = Sampler(DoubleNet(), FULL, steps=steps, timesteps="karras", **options)
+    result = sampler.sample(SHAPE, x_T=x_T, noise=noise)
+    denoise = Denoiser(FULL, DoubleNet(), clip, karras=steps)
+    start = x_T.double() * denoise.sigmas[0]
+    if solver == "dpmpp_2m":  # which takes x_T as it is
+        start = x_T.double() * (1 + denoise.sigmas[0] ** 2) ** 0.5
+    expected = ALGORITHMS[solver](denoise, start, noise.double())
+    # As above; and the network gets a float32 t.
+    torch.testing.assert_close(result.double(), expected, rtol=0, atol=4e-5 * max(1.0, expected.abs().max().item()))
+    made = Sampler(DoubleNet(), FULL.karras(steps), **options).sample(SHAPE, x_T=x_T, noise=noise)
+    assert torch.equal(made, result)
+
+
+def test_karras_levels_are_k_diffusions():
+    schedule = FULL.karras(50)
+    denoise = Denoiser(FULL, DoubleNet(), None, karras=50)
+    sigmas = torch.tensor(denoise.sigmas[:-1], dtype=torch.float64).flip(0)
+    torch.testing.assert_close(((1 - schedule.alphas_cumprod) / schedule.alphas_cumprod).sqrt(), sigmas)
+    torch.testing.assert_close(schedule.network_times, denoise.times.flip(0).float(), rtol=1e-6, atol=1e-6)
+    assert schedule.network_times.dtype == torch.float32
+    assert torch.equal(schedule.network_times[[0, -1]], torch.tensor([0.0, 999.0]))
+    assert torch.equal(schedule.timestep_map, denoise.times.flip(0).round().long())
+    assert schedule.original_timesteps == 1000
+    assert (schedule.network_times.diff() > 0).all()
+
+
+def test_karras_levels_between_the_steps_of_a_respaced_schedule_keep_its_numbers():
+    times = FULL.respace([100, 500, 999]).karras(7).network_times
+    assert times[[0, -1]].tolist() == [100.0, 999.0]
+    assert (times.diff() > 0).all()
+
+
+def test_the_network_gets_the_place_between_two_timesteps():
+    seen = []
+
+    def model(x, t):
+        seen.append(t.clone())
+        return x * 0.5
+
+    sampler = Sampler(model, FULL, solver="euler", steps=9, timesteps="karras")
+    states = list(sampler.stream(SHAPE))
+    times = FULL.karras(9).network_times.flip(0)
+    assert torch.equal(torch.stack(seen), times[:, None].expand(-1, 2))
+    assert (times.frac() != 0).any()
+    assert [state.t for state in states] == times.round().long().tolist() == sampler.timesteps.tolist()
+    seen.clear()
+    half = NoiseSchedule.linear(500)
+    Sampler(model, half, solver="euler", steps=9, timesteps="karras", time_input="scaled").sample(SHAPE)
+    assert torch.equal(torch.stack(seen)[:, 0], half.karras(9).network_times.flip(0) * 2.0)
+
+
+def test_karras_levels_inpaint_and_pickle_and_compare():
+    known = torch.full(SHAPE, 0.25)
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., :4] = 1.0
+    sampler = Sampler(Net(), FULL, solver="euler", steps=6, timesteps="karras")
+    result = sampler.sample(SHAPE, mask=mask, known=known, blend="repaint", resample=2)
+    assert torch.equal(result[..., :4], known[..., :4])
+    schedule = FULL.karras(6)
+    copy = pickle.loads(pickle.dumps(schedule))
+    assert copy == schedule != FULL.karras(6, rho=5.0)
+    assert torch.equal(copy.network_times, schedule.network_times)
 
 
 @pytest.mark.parametrize("prediction", ["x0", "v"])
@@ -198,9 +286,41 @@ def test_single_steps_are_refused(solver, message):
         ({"reference": "lucidrains"}, "reference='lucidrains' has solver ddpm or ddim, got 'euler'"),
         ({"eta": 0.5}, "eta is a parameter of solver='ddim'"),
         ({"prediction": "x_prev"}, "use solver='ddpm'"),
+        ({"timesteps": "karras"}, "timesteps='karras' needs steps, the number of them, got None"),
+        ({"timesteps": "karras", "steps": "ddim50"}, "needs steps, the number of them, got 'ddim50'"),
+        ({"timesteps": "exponential", "steps": 5}, "must be the steps' numbers or 'karras', got 'exponential'"),
     ],
     ids=str,
 )
 def test_constructor_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         Sampler(Net(), FULL, solver="euler", **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: FULL.karras(0), ValueError, "steps must be at least 1, got 0"),
+        (lambda: FULL.karras(2.0), TypeError, "steps must be an int, got float"),
+        (lambda: FULL.karras(2, rho=0), ValueError, "rho must be more than 0, got 0"),
+        (lambda: FULL.karras(5).karras(3), ValueError, "a karras schedule has levels of its own"),
+        (lambda: FULL.karras(5).respace(2), ValueError, "a karras schedule cannot be respaced"),
+        (lambda: FULL.karras(5).rescale_zero_terminal_snr(), ValueError, "a karras schedule cannot be rescaled"),
+        (lambda: NoiseSchedule.log_snr("cosine", 9).karras(3), ValueError, "a log_snr schedule has levels of its own"),
+        (lambda: FULL.rescale_zero_terminal_snr().karras(3), ValueError, "the last level .* has no signal"),
+        (
+            lambda: Sampler(Net(), FULL, solver="ddim", steps=5, timesteps="karras"),
+            ValueError,
+            "timesteps='karras' is for solver dpmpp_2m, euler, heun, euler_ancestral, got 'ddim'",
+        ),
+        (
+            lambda: Sampler(Net(), FULL.karras(5), reference="diffusers"),
+            ValueError,
+            "a karras schedule has no float32 betas",
+        ),
+    ],
+    ids=["zero", "float", "rho", "twice", "respace", "rescale", "log_snr", "zero-snr", "ddim", "diffusers"],
+)
+def test_karras_refuses(make, error, message):
+    with pytest.raises(error, match=message):
+        make()

@@ -15,6 +15,22 @@ void normal(Tensor out, Tensor seed, std::optional<Tensor> sample_ids, Tensor st
 void noising(Tensor x0, Tensor t, Tensor coefficients, Tensor noise, Tensor out);
 void noising_random(Tensor x0, Tensor t, Tensor coefficients, Tensor seed, std::optional<Tensor> sample_ids,
                     Tensor step, int64_t stream, Tensor out, Tensor noise);
+void noising_drawn(Tensor x0, Tensor t, Tensor coefficients, Tensor seed, std::optional<Tensor> sample_ids, Tensor step,
+                   int64_t stream, Tensor out);
+
+void target_loss(Tensor output, Tensor x0, Tensor t, Tensor coefficients, std::optional<Tensor> noise,
+                 std::optional<Tensor> seed, std::optional<Tensor> sample_ids, Tensor step, int64_t stream,
+                 int64_t distance, Tensor out);
+void target_loss_backward(Tensor grad_losses, Tensor output, Tensor x0, Tensor t, Tensor coefficients,
+                          std::optional<Tensor> noise, std::optional<Tensor> seed, std::optional<Tensor> sample_ids,
+                          Tensor step, int64_t stream, int64_t distance, Tensor grad_output);
+
+void bound_terms(Tensor x0, Tensor x_t, Tensor model_output, Tensor coefficients, Tensor t, int64_t prediction,
+                 int64_t variance, std::optional<double> clip_low, std::optional<double> clip_high, Tensor bound,
+                 Tensor x0_mse);
+void bound_terms_backward(Tensor grad_bound, Tensor x0, Tensor x_t, Tensor model_output, Tensor coefficients, Tensor t,
+                          int64_t prediction, int64_t variance, std::optional<double> clip_low,
+                          std::optional<double> clip_high, bool mean_gradient, Tensor grad_output);
 
 void denoise(Tensor x_t, Tensor model_output, std::optional<Tensor> unconditional, Tensor coefficients, Tensor index,
              int64_t prediction, int64_t variance, std::optional<double> clip_low, std::optional<double> clip_high,

@@ -13,7 +13,7 @@ struct Noising {
   Source x0, noise;
   const float* coefficients;
   PerSample t;
-  const Draw* draw;  // null where the noise is given
+  const Draw* draw;  // null where the noise is given; where there is no tensor for it, it is not kept
 };
 
 }  // namespace
@@ -33,19 +33,19 @@ template <class T> void run(const Tensor& out, void* noise_out, const Noising& o
   });
 }
 
-void noising_with(const Tensor& x0, const Tensor& t, const Tensor& coefficients, const Tensor& noise, const Tensor& out,
-                  const Draw* draw) {
+void noising_with(const Tensor& x0, const Tensor& t, const Tensor& coefficients, const std::optional<Tensor>& noise,
+                  const Tensor& out, const Draw* draw) {
   const Image image = dense_image_of(out, "out");
-  const Noising op{image, Source(x0, "x0"), Source(noise, "noise"), table(coefficients, 2, "coefficients"),
-                   rows(t, image.samples, coefficients.size(0), "t"), draw};
+  const Noising op{image, Source(x0, "x0"), noise ? Source(*noise, "noise") : Source(),
+                   table(coefficients, 2, "coefficients"), rows(t, image.samples, coefficients.size(0), "t"), draw};
   check_shape(op.x0.image, image, "x0");
-  check_shape(op.noise.image, image, "noise");
+  if (noise) check_shape(op.noise.image, image, "noise");
   void* noise_out = nullptr;
-  if (draw != nullptr) {
-    const bool twin = noise.scalar_type() == out.scalar_type() && op.noise.aligned_with(image) &&
+  if (draw != nullptr && noise) {
+    const bool twin = noise->scalar_type() == out.scalar_type() && op.noise.aligned_with(image) &&
                       op.noise.image.sample_stride == image.sample_stride;
     STD_TORCH_CHECK(twin, "the noise drawn must have the dtype and layout of out");
-    noise_out = noise.mutable_data_ptr();
+    noise_out = noise->mutable_data_ptr();
   }
   switch (out.scalar_type()) {
     case ScalarType::Float: return run<float>(out, noise_out, op);
@@ -65,6 +65,14 @@ void noising_random(Tensor x0, Tensor t, Tensor coefficients, Tensor seed, std::
                     Tensor step, int64_t stream, Tensor out, Tensor noise) {
   const Draw draw(seed, sample_ids, step, stream, out.size(0));
   noising_with(x0, t, coefficients, noise, out, &draw);
+}
+
+void noising_drawn(Tensor x0, Tensor t, Tensor coefficients, Tensor seed, std::optional<Tensor> sample_ids, Tensor step,
+                   int64_t stream, Tensor out) {
+  // Noise that goes with an image of another dtype is rounded to it: that needs a tensor.
+  STD_TORCH_CHECK(out.scalar_type() == ScalarType::Float, "out must be float32");
+  const Draw draw(seed, sample_ids, step, stream, out.size(0));
+  noising_with(x0, t, coefficients, std::nullopt, out, &draw);
 }
 
 }  // namespace ddpm_fast

@@ -8,13 +8,16 @@ template <class T>
 static void noising_tiles(T* out, T* noise_out, const Noising& op, const Tiles& tiles, int64_t begin, int64_t end) {
   const Image& image = op.image;
   const bool from_bytes = op.x0.type == ScalarType::Byte;
-  Buffers<3> buffers(tiles);
+  Buffers<4> buffers(tiles);
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t sample = tiles.sample(tile), first = tiles.first(tile), count = tiles.count(tile);
     const int64_t at = sample * image.sample_stride + first;
-    if (op.draw != nullptr) draw_tile(noise_out + at, buffers[0], buffers[1], image, first, count, noise_key(*op.draw, sample));
+    if (noise_out != nullptr)
+      draw_tile(noise_out + at, buffers[0], buffers[1], image, first, count, noise_key(*op.draw, sample));
+    else if (op.draw != nullptr)
+      fill_normal_tile(buffers[3], buffers[0], image, first, count, noise_key(*op.draw, sample));
     const float* const x0 = read(op.x0, image, sample, first, count, buffers[0]);
-    const float* const noise = read(op.noise, image, sample, first, count, buffers[1]);
+    const float* const noise = op.noise ? read(op.noise, image, sample, first, count, buffers[1]) : buffers[3];
     const float* const row = op.coefficients + 2 * op.t[sample];
     const F signal = splat(row[0]), sigma = splat(row[1]);
     float* const result = std::is_same_v<T, float> ? reinterpret_cast<float*>(out + at) : buffers[2];

@@ -31,6 +31,13 @@ class Tiles {
   int64_t first(int64_t tile) const { return tile % per_sample_ * elements_; }
   int64_t count(int64_t tile) const { return std::min(elements_, size_ - first(tile)); }
   int64_t elements() const { return elements_; }
+  int64_t total() const { return count_; }
+  // What the tiles of a sample add up to, in their order.
+  double sum(const double* tiles, int64_t sample) const {
+    double total = 0;
+    for (int64_t i = 0; i < per_sample_; ++i) total += tiles[sample * per_sample_ + i];
+    return total;
+  }
 
   // f(begin, end) over ranges of tiles, on PyTorch's threads.
   template <class Body> void parallel(const Body& f) const {

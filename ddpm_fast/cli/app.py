@@ -90,13 +90,14 @@ Seed = Annotated[int, typer.Option(help="Seed of the noise, below 2^64.", metava
 Steps = Annotated[
     str | None,
     typer.Option(
-        help="Steps to make: a number, or sections such as 10,10,5, or ddim50.",
+        help="Steps to make: a number, or sections such as 10,10,5, or ddim50 or fast27.",
         metavar="STEPS",
         show_default="all of the schedule",
     ),
 ]
 Solver = Annotated[str, typer.Option(help="ddpm (ancestral) or ddim.", metavar="NAME")]
 Eta = Annotated[float, typer.Option(help="Noise of ddim, from 0 (none) to 1 (that of ddpm).", metavar="X")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.", metavar="NAME")]
 MicroBatch = Annotated[int, typer.Option(help="Samples that the network sees at once.", metavar="N", min=1)]
 Threads = Annotated[
     int | None, typer.Option(help="Threads to use.", metavar="N", min=1, show_default="OMP_NUM_THREADS, else all cores")
@@ -187,7 +188,31 @@ def train(
     schedule: Annotated[str, typer.Option(help="linear, cosine, quadratic, sigmoid.", metavar="NAME")] = "linear",
     timesteps: Annotated[int, typer.Option(help="Steps of the schedule.", metavar="N", min=1)] = 1000,
     prediction: Annotated[str, typer.Option(help="epsilon, x0 or v.", metavar="NAME")] = "epsilon",
-    loss: Annotated[str, typer.Option(help="mse, l1 or huber.", metavar="NAME")] = "mse",
+    loss: Annotated[
+        str, typer.Option(help="mse, l1, huber, kl, rescaled_kl, or hybrid (learned variance).", metavar="NAME")
+    ] = "mse",
+    variance: Annotated[
+        str, typer.Option(help="fixed_small, fixed_large, learned or learned_range.", metavar="NAME")
+    ] = "fixed_small",
+    weighting: Annotated[
+        str | None, typer.Option(help="min_snr, p2 or truncated_snr.", metavar="NAME", show_default="none")
+    ] = None,
+    timestep_sampler: Annotated[
+        str, typer.Option(help="uniform, or loss_second_moment (importance sampling).", metavar="NAME")
+    ] = "uniform",
+    offset_noise: Annotated[float, typer.Option(help="Deviation of each channel's shared noise.", metavar="X")] = 0.0,
+    self_condition: Annotated[
+        bool, typer.Option("--self-condition", help="Let the network see its last estimate.")
+    ] = False,
+    precision: Annotated[str, typer.Option(help="float32 or bfloat16 (autocast).", metavar="NAME")] = "float32",
+    accumulate: Annotated[int, typer.Option(help="Parts that a batch is cut into.", metavar="N", min=1)] = 1,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Compute blocks twice, to need less memory.")
+    ] = False,
+    on_nan: Annotated[str, typer.Option(help="At a loss that is not finite: stop or skip.", metavar="NAME")] = "stop",
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Leave out images of a folder that cannot be read.")
+    ] = False,
     flip: Annotated[bool, typer.Option("--flip", help="Mirror half of the images.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of everything random.", metavar="N", min=0)] = 0,
     base_channels: Annotated[
@@ -198,13 +223,15 @@ def train(
     ] = None,
     dropout: Annotated[float, typer.Option(help="Dropout in the residual blocks.", metavar="X")] = 0.0,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.", metavar="N", min=1)] = 500,
+    device: Device = "cpu",
     threads: Threads = None,
 ) -> None:
     """Train a network.
 
     Writes model.safetensors (averaged weights, what the other commands take), state.safetensors (what
-    --resume needs) and log.jsonl. A run that was interrupted and resumed ends with the same bits. The
-    defaults are the recipe of the shipped checkpoint.
+    --resume needs) and log.jsonl. A run that was interrupted and resumed ends with the same bits. Under
+    torchrun the processes share each batch, of --batch-size images in all. The defaults are the recipe of the
+    shipped checkpoint.
 
     Exit status: 0 done, 1 the loss is not finite, 2 wrong usage or input.
 
@@ -213,12 +240,17 @@ def train(
       ddpm-fast train --dataset digits --steps 2000 --out digits
       ddpm-fast train --dataset fashion-mnist --data /usr/share/datasets/fashion-mnist
       ddpm-fast train --dataset folder --data photos --image-size 32 --flip --steps 100000
+      ddpm-fast train --dataset digits --variance learned_range --loss hybrid --timestep-sampler loss_second_moment
       ddpm-fast train --dataset digits --steps 2000 --out digits --resume
+      torchrun --nproc-per-node=2 -m ddpm_fast train --dataset digits --batch-size 128 --out digits
     """
     import torch
 
+    from ddpm_fast.cli.network import device_of
+    from ddpm_fast.cli.sample import share
     from ddpm_fast.cli.train import configuration
     from ddpm_fast.training import train as run_training
+    from ddpm_fast.training.group import process_group
 
     if dataset != Dataset.digits and data is None:
         raise UserError(f"--dataset {dataset.value} needs --data, the folder that holds its files")
@@ -228,6 +260,7 @@ def train(
             "base_channels": base_channels,
             "channel_mult": None if channel_mult is None else _integers("--channel-mult", channel_mult),
             "dropout": dropout,
+            "self_condition": self_condition,
         },
         {
             "data_folder": None if data is None else str(data),
@@ -236,8 +269,15 @@ def train(
             "timesteps": timesteps,
             "prediction": prediction,
             "loss": loss,
+            "variance": variance,
+            "weighting": weighting,
+            "timestep_sampler": timestep_sampler,
+            "offset_noise": offset_noise,
             "steps": steps,
             "batch_size": batch_size,
+            "accumulate": accumulate,
+            "precision": precision,
+            "gradient_checkpointing": gradient_checkpointing,
             "learning_rate": learning_rate,
             "warmup_steps": warmup,
             "ema_decay": ema_decay,
@@ -245,18 +285,29 @@ def train(
             "seed": seed,
         },
     )
+    rank, _ = share(os.environ)
+    place = device_of(device)
     torch.set_num_threads(threads or torch.get_num_threads())
     try:
-        result = run_training(
-            config, out, resume=resume, checkpoint_every=checkpoint_every, progress=sys.stderr.isatty()
-        )
+        with process_group(place):
+            result = run_training(
+                config,
+                out,
+                resume=resume,
+                on_nan=on_nan,
+                unreadable="skip" if skip_unreadable else "stop",
+                device=place,
+                checkpoint_every=checkpoint_every,
+                progress=sys.stderr.isatty(),
+            )
     except FileExistsError as error:
         raise UserError(f"{out} already holds a run: go on with --resume, or choose another --out") from error
     except KeyboardInterrupt as error:
         raise Interrupted(
             f"interrupted: the same command with --resume goes on from {out}'s last checkpoint"
         ) from error
-    print(f"wrote {out / 'model.safetensors'} (loss {result.log[-1]['loss']:.4f} over the last steps)")
+    if rank == 0:
+        print(f"wrote {out / 'model.safetensors'} (loss {result.log[-1]['loss']:.4f} over the last steps)")
 
 
 @app.command()
@@ -276,14 +327,19 @@ def sample(
     ] = Format.grid,
     out: Annotated[Path, typer.Option(help="Folder to write to.", metavar="DIR")] = Path("samples"),
     micro_batch: MicroBatch = 8,
+    shard_size: Annotated[
+        int | None,
+        typer.Option(help="Samples in a file.", metavar="N", min=1, show_default="those of a micro-batch"),
+    ] = None,
+    device: Device = "cpu",
     threads: Threads = None,
 ) -> None:
     """Draw samples from a checkpoint.
 
     A sample's bits depend on the seed, its number, the solver's settings, the checkpoint and the size of
     the micro-batches, not on how the work is split: run again, the command makes only what is missing, and
-    under torchrun the processes share the work. manifest.json in the folder says how the samples were made;
-    a folder with other settings is refused.
+    under torchrun the processes share the work. manifest.json in the folder says how the samples were made,
+    and their checksums; a damaged file is made again, and a folder with other settings is refused.
 
     Exit status: 0 done, 2 wrong usage or input.
 
@@ -291,12 +347,24 @@ def sample(
     Examples:
       ddpm-fast sample -n 64 --steps 100
       ddpm-fast sample -n 10000 --seed 3 --solver ddim --steps 50 --format npy --out samples10k
-      torchrun --nproc-per-node=4 -m ddpm_fast sample -n 10000 --format npy --out samples10k
+      torchrun --nproc-per-node=4 -m ddpm_fast sample -n 50000 --shard-size 1000 --format npy --out fid
     """
     from ddpm_fast.cli.sample import Request, share, write_samples
 
     rank, world = share(os.environ)
-    request = Request(checkpoint, image_size, n, seed, _steps(steps), solver, eta, micro_batch, output=output.value)
+    request = Request(
+        checkpoint,
+        image_size,
+        n,
+        seed,
+        _steps(steps),
+        solver,
+        eta,
+        micro_batch,
+        output=output.value,
+        shard_size=shard_size,
+        device=device,
+    )
     made, found = write_samples(
         request, out, threads=threads, rank=rank, world=world, progress=rank == 0 and sys.stderr.isatty()
     )
@@ -315,6 +383,17 @@ def evaluate(
         Path | None,
         typer.Option(help="Samples to evaluate instead of drawing some: a folder that sample wrote.", metavar="DIR"),
     ] = None,
+    bpd: Annotated[
+        bool, typer.Option("--bpd", help="Instead, bound the bits per dimension of -n real test images.")
+    ] = False,
+    inception: Annotated[
+        Path | None,
+        typer.Option(
+            help="Measure distances in Inception features: torch-fidelity's file of weights.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
     n: Annotated[int, typer.Option("-n", help="Number of samples to draw.", metavar="N", min=2)] = 1000,
     seed: Seed = 0,
     steps: Steps = "100",
@@ -325,11 +404,16 @@ def evaluate(
     micro_batch: MicroBatch = 8,
     threads: Threads = None,
 ) -> None:
-    """Measure samples: Frechet distance, confidence and entropy in the eyes of a classifier.
+    """Measure samples: Frechet distance, precision and recall, and confidence and entropy in a classifier's eyes.
 
-    The classifier is trained on the real images first, about a minute for fashion-mnist. Real test images and
-    pure noise stand beside the samples, as the two ends of the scale. Frechet distances depend on the number
-    of images: compare equal numbers only.
+    The classifier of fashion-mnist is shipped; one of digits is trained first, in seconds. Real test images
+    and pure noise stand beside the samples, as the two ends of the scale. Distances, precision and recall
+    depend on the number of images: compare equal numbers only. With --inception they are measured in the
+    features of Inception, for which torch-fidelity must be installed.
+
+    With --bpd no samples are drawn: the variational bound on the negative log-likelihood of test images is
+    evaluated, term by term, for the chain of --steps. Each image costs as many calls of the network as
+    there are steps.
 
     Exit status: 0 done, 2 wrong usage or input.
 
@@ -338,19 +422,34 @@ def evaluate(
       ddpm-fast eval --data /usr/share/datasets/fashion-mnist -n 1000 --steps 100
       ddpm-fast eval --data /usr/share/datasets/fashion-mnist --samples samples10k
       ddpm-fast eval --dataset digits --checkpoint digits/model.safetensors
+      ddpm-fast eval --data /usr/share/datasets/fashion-mnist --bpd -n 100 --steps 1000
     """
     import tempfile
 
     import torch
 
-    from ddpm_fast.cli.evaluate import read_samples, real_images
+    from ddpm_fast.cli.evaluate import measure_bound, read_samples, real_images
+    from ddpm_fast.cli.network import open_network
     from ddpm_fast.cli.sample import Request, write_samples
     from ddpm_fast.evaluation import evaluate as measure
-    from ddpm_fast.evaluation import to_uint8
+    from ddpm_fast.evaluation import inception_features, load_classifier, to_uint8
 
     if dataset == Dataset.fashion_mnist and data is None:
         raise UserError("--dataset fashion-mnist needs --data, the folder that holds its files")
+    if n < 4 and not bpd:
+        raise UserError(f"precision and recall look at three neighbours of each image: -n must be at least 4, got {n}")
+    extractor = None if inception is None else inception_features(inception)
+    classifier = load_classifier() if dataset == Dataset.fashion_mnist else None
     real = real_images(dataset.value, data)
+    if bpd:
+        if samples is not None:
+            raise UserError("--bpd measures real test images: leave --samples out")
+        torch.set_num_threads(threads or torch.get_num_threads())
+        network = open_network(checkpoint, image_size)
+        chosen = network.schedule if (kept := _steps(steps)) is None else network.schedule.respace(kept)
+        images = real[1].images[:n]
+        print(measure_bound(network, chosen, images, seed=seed, batch=micro_batch, progress=sys.stderr.isatty()))
+        return
     if samples is not None:
         x = read_samples(samples)
     else:
@@ -359,7 +458,7 @@ def evaluate(
             write_samples(request, Path(folder), threads=threads, progress=sys.stderr.isatty())
             x = read_samples(Path(folder))
     torch.set_num_threads(threads or torch.get_num_threads())
-    print(measure(to_uint8(x), *real, seed=seed))
+    print(measure(to_uint8(x), *real, seed=seed, classifier=classifier, inception=extractor))
 
 
 @app.command()

@@ -52,7 +52,9 @@ def compare(network: Network, *, count: int, steps: int | str | None, seed: int)
 
     The loops take turns, a step each, so that whatever else the machine does meets both.
     """
-    if network.prediction != "epsilon" or network.model.config.num_classes is not None:
+    config = network.model.config
+    usual = network.prediction == "epsilon" and network.variance == "fixed_small"
+    if not usual or config.num_classes is not None or config.self_condition:
         raise UserError("the demo's plain loop knows only networks that predict epsilon, without classes")
     sampler = Sampler(network.model, network.schedule, steps=steps)
     schedule = sampler.schedule

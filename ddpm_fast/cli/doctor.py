@@ -12,11 +12,22 @@ import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributions import Normal, kl_divergence
 
 import ddpm_fast
 from ddpm_fast import backends
 from ddpm_fast.backends.reference.random import philox
-from ddpm_fast.ops import abs_quantile, denoise, group_norm_silu, q_sample, randn, rms_norm_silu
+from ddpm_fast.ops import (
+    abs_quantile,
+    bound_terms,
+    denoise,
+    group_norm_silu,
+    q_sample,
+    randn,
+    rms_norm_silu,
+    target_loss,
+)
+from ddpm_fast.ops.bound import COLUMNS
 from ddpm_fast.ops.conv import cpu_isa
 from ddpm_fast.schedule import NoiseSchedule
 from ddpm_fast.solvers import ddpm_table
@@ -149,6 +160,32 @@ def _noising(device: torch.device) -> float:
     return _largest(x_t, signal * x0.double() + sigma * noise.double())
 
 
+def _target_loss(device: torch.device) -> float:
+    x0, noise = _noise(0, device).clamp(-1, 1), randn(_SHAPE, seed=1, stream="training", device=device)
+    table, t = torch.tensor([[1.0, 0.0], [0.8, -0.6]], device=device), torch.tensor([0, 1, 1], device=device)
+    output = _noise(2, device).requires_grad_()
+    losses = target_loss(output, x0, t, table, seed=1)
+    (gradient,) = torch.autograd.grad(losses.sum(), output)
+    noise_factor, x0_factor = table.double()[t].reshape(-1, 2, 1, 1, 1).unbind(1)
+    difference = output.detach().double() - (noise_factor * noise.double() + x0_factor * x0.double())
+    exact = difference.square().flatten(1).mean(1)
+    return max(_largest(losses.detach(), exact), _largest(gradient * math.prod(_SHAPE[1:]), 2 * difference))
+
+
+def _bound(device: torch.device) -> float:
+    """Divergences, as torch.distributions has them, for a posterior of variance 1."""
+    x0, x_t = _noise(0, device).clamp(-1, 1), _noise(1, device)
+    output = _noise(2, device, 2 * _SHAPE[1]).clamp(-1, 1)
+    table, t = torch.zeros(2, len(COLUMNS), device=device), torch.tensor([1, 1, 1], device=device)
+    from_x0, from_x = 0.5, 0.25
+    table[1, COLUMNS.index("mean_from_x0")], table[1, COLUMNS.index("mean_from_x")] = from_x0, from_x
+    terms, _ = bound_terms(x0, x_t, output, t, table, prediction="x0", variance="learned")
+    mean, log_variance = output.double().chunk(2, dim=1)
+    posterior = Normal(from_x0 * x0.double() + from_x * x_t.double(), 1.0)
+    step = Normal(from_x0 * mean + from_x * x_t.double(), (0.5 * log_variance).exp())
+    return _largest(terms, kl_divergence(posterior, step).flatten(1).mean(1) / math.log(2))
+
+
 def _denoise(variance: str) -> _Test:
     def test(device: torch.device) -> float:
         learned = variance != "fixed"
@@ -252,6 +289,8 @@ _TESTS: dict[str, tuple[_Test, float]] = {
     "noising": (_noising, 2e-6),
     "denoise": (_denoise("fixed"), 5e-6),
     "denoise learned": (_denoise("learned_range"), 5e-6),
+    "target_loss": (_target_loss, 5e-6),
+    "bound": (_bound, 2e-6),
     "norm_act": (_values(_norm, _norm_exact), 5e-6),
     "norm_act channels_last": (_values(_norm, _norm_exact, torch.channels_last), 5e-6),
     "norm_act backward": (_gradients(_norm, _norm_exact), 2e-5),

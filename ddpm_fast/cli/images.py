@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 
@@ -52,9 +53,16 @@ def grid(x: Tensor) -> Image.Image:
     return picture(canvas)
 
 
+def png_bytes(image: Image.Image) -> bytes:
+    """The contents of a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
 def write_png(path: Path, image: Image.Image) -> None:
     """One PNG file, whole or not at all."""
-    write_atomically(path, lambda temporary: image.save(temporary, format="PNG"))
+    write_atomically(path, lambda temporary: temporary.write_bytes(png_bytes(image)))
 
 
 def write_gif(path: Path, frames: list[Image.Image], *, milliseconds: int, last: int) -> None:

@@ -1,18 +1,26 @@
 """``ddpm-fast sample``: samples in shards, whose bits depend on the settings and on nothing else.
 
-A shard is one micro-batch: the samples that the network sees together. All micro-batches have the same size, the last
-one padded with samples that are thrown away, and each is computed by one thread: a convolution may round differently
-with another batch size or number of threads. Threads and processes therefore share the shards, never a shard, and
-which of them makes one, or in which run, changes no bit.
+The network sees micro-batches of one size, the last one padded with samples that are thrown away, and each is computed
+by one thread: a convolution may round differently with another batch size or number of threads. A shard is one or more
+micro-batches. Threads and processes share the shards, never a shard, and which of them makes one, or in which run,
+changes no bit.
+
+A shard is finished when its SHA-256 is on record: at first in a hidden file of its own beside it, which its maker
+writes after it; once all shards are, in the manifest. What is not on record, or differs from it, is made again.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
+import io
 import json
+import math
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,11 +35,12 @@ from tqdm import tqdm
 import ddpm_fast
 from ddpm_fast.cli import images
 from ddpm_fast.cli.errors import UserError
-from ddpm_fast.cli.network import Network, open_network
+from ddpm_fast.cli.network import Network, device_of, open_network
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.training.files import write_atomically
 
 MANIFEST = "manifest.json"
+_RECORD = ".{}.sha256"  # of a shard, by its first file; lines as sha256sum writes and checks them
 GRID = "grid.png"
 _SAMPLES = re.compile(r"samples?-\d+\.(npy|png)")
 
@@ -59,18 +68,26 @@ class Request:
     micro_batch: int
     output: str
     """"grid", "png" or "npy"."""
+    shard_size: int | None = None
+    """Samples in a file; one micro-batch by default."""
+    device: str = "cpu"
 
 
 class Job:
     """A request with its network: everything that the bits depend on, and the files it leads to."""
 
     def __init__(self, request: Request) -> None:
+        size = request.micro_batch if request.shard_size is None else request.shard_size
+        if size % request.micro_batch:
+            raise UserError(f"--shard-size must be a multiple of --micro-batch {request.micro_batch}, got {size}")
         self.request = request
-        self.network = network = open_network(request.checkpoint, request.image_size)
+        self.network = network = open_network(request.checkpoint, request.image_size, device_of(request.device))
         self.sampler = Sampler(
             network.model,
             network.schedule,
             prediction=network.prediction,
+            variance=network.variance,
+            self_condition=network.model.config.self_condition,
             solver=request.solver,
             steps=request.steps,
             eta=request.eta,
@@ -82,6 +99,7 @@ class Job:
             "solver": request.solver,
             "eta": request.eta,
             "micro_batch": request.micro_batch,
+            "shard_size": size,
             "format": request.output,
             "shape": list(network.shape),
             "checkpoint": {"file": network.path.name, "sha256": network.digest},
@@ -89,35 +107,61 @@ class Job:
             "made_with": {
                 "ddpm_fast": ddpm_fast.__version__,
                 "torch": str(torch.__version__),
-                "cpu": torch.backends.cpu.get_cpu_capability(),
+                "device": _processor(network.device),
             },
         }
         digits = max(5, len(str(request.count - 1)))
         self.shards = []
-        for first in range(0, request.count, request.micro_batch):
-            numbers = range(first, min(first + request.micro_batch, request.count))
+        for first in range(0, request.count, size):
+            numbers = range(first, min(first + size, request.count))
             if request.output == "png":
                 files = tuple(f"sample-{number:0{digits}}.png" for number in numbers)
             else:
                 files = (f"samples-{first:0{digits}}.npy",)
             self.shards.append(Shard(first, len(numbers), files))
 
-    def manifest(self) -> str:
-        """What is written beside the samples."""
-        shards = [{"first": s.first, "count": s.count, "files": list(s.files)} for s in self.shards]
+    def manifest(self, sums: Mapping[str, str] | None = None) -> str:
+        """What is written beside the samples; `sums`, the SHA-256 of every file, once all are there."""
+        shards: list[dict[str, Any]] = []
+        for shard in self.shards:
+            shards.append({"first": shard.first, "count": shard.count, "files": list(shard.files)})
+            if sums is not None:
+                shards[-1]["sha256"] = [sums[file] for file in shard.files]
         return json.dumps({"settings": self.settings, "shards": shards}, indent=1) + "\n"
 
     def draw(self, shard: Shard) -> Tensor:
-        """The samples of a shard, float32 ``(count, C, H, W)``, contiguous."""
+        """The samples of a shard, float32 ``(count, C, H, W)``, contiguous, on the CPU."""
         size = self.request.micro_batch
-        numbers = range(shard.first, shard.first + size)
-        x = self.sampler.sample(
-            (size, *self.network.shape),
-            seed=self.request.seed,
-            sample_ids=numbers,
-            model_kwargs=self.network.conditions(numbers),
-        )
-        return x[: shard.count].contiguous()
+        parts = []
+        for first in range(shard.first, shard.first + shard.count, size):
+            numbers = range(first, first + size)
+            x = self.sampler.sample(
+                (size, *self.network.shape),
+                seed=self.request.seed,
+                sample_ids=numbers,
+                model_kwargs=self.network.conditions(numbers),
+            )
+            parts.append(x.cpu())
+        return torch.cat(parts)[: shard.count].contiguous()
+
+    def encode(self, x: Tensor) -> list[bytes]:
+        """The contents of a shard's files."""
+        if self.request.output == "png":
+            return [images.png_bytes(images.picture(pixels)) for pixels in images.to_bytes(x)]
+        buffer = io.BytesIO()
+        np.save(buffer, x.numpy())
+        return [buffer.getvalue()]
+
+    def calls(self, shards: list[Shard]) -> int:
+        """How often the network is called for them."""
+        return sum(math.ceil(shard.count / self.request.micro_batch) for shard in shards) * self.sampler.steps
+
+
+def _processor(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    capability: str = torch.backends.cpu.get_cpu_capability()
+    return capability
 
 
 def share(variables: dict[str, str] | os._Environ[str]) -> tuple[int, int]:
@@ -143,7 +187,7 @@ def write_samples(
     """Make those of this process's shards that are not there yet.
 
     Args:
-        threads: how many shards are made at once; torch's number of threads by default.
+        threads: how many shards are made at once; torch's number of threads by default, and 1 on a GPU.
 
     Returns:
         how many were made, and how many were there.
@@ -155,22 +199,76 @@ def write_samples(
     folder.mkdir(parents=True, exist_ok=True)
     _claim(folder, job)
     mine = job.shards[rank::world]
-    missing = [shard for shard in mine if not _complete(folder, shard, job)]
+    sums = recorded_sums(folder)
+    missing = [shard for shard in mine if not _is_whole(folder, shard, sums)]
 
     def work(shard: Shard) -> None:
-        x = job.draw(shard)
-        if request.output == "png":
-            for file, pixels in zip(shard.files, images.to_bytes(x), strict=True):
-                images.write_png(folder / file, images.picture(pixels))
-        else:
-            write_atomically(folder / shard.files[0], lambda temporary: _save_array(temporary, x.numpy()))
+        record = []
+        for file, contents in zip(shard.files, job.encode(job.draw(shard)), strict=True):
+            write_atomically(folder / file, functools.partial(Path.write_bytes, data=contents))
+            record.append(f"{hashlib.sha256(contents).hexdigest()}  {file}\n")
+        # Last: what is on record is there.
+        write_atomically(_record_of(folder, shard), lambda temporary: temporary.write_text("".join(record)))
 
-    with _watched(job.network, len(missing) * job.sampler.steps, progress) as stop:
-        _in_parallel(work, missing, threads or torch.get_num_threads(), stop)
-    finished = all(_complete(folder, shard, job) for shard in job.shards)
-    if request.output == "grid" and finished and not (folder / GRID).exists():
-        _write_grid(folder, job)
+    at_once = threads or (1 if job.network.device.type == "cuda" else torch.get_num_threads())
+    with _watched(job.network, job.calls(missing), progress) as stop:
+        _in_parallel(work, missing, at_once, stop)
+    _finish(folder, job)
     return len(missing), len(mine) - len(missing)
+
+
+def recorded_sums(folder: Path) -> dict[str, str]:
+    """The SHA-256 on record of each finished file in a folder, by its name.
+
+    Raises:
+        UserError: a manifest that is none of ``ddpm-fast sample``.
+    """
+    fresh: dict[str, str] = {}
+    # Before the manifest: whoever removes a shard's own record has put it there.
+    for path in folder.glob(_RECORD.format("*")):
+        with contextlib.suppress(FileNotFoundError):
+            fresh.update((line[66:], line[:64]) for line in path.read_text().splitlines())
+    try:
+        shards = json.loads((folder / MANIFEST).read_text())["shards"]
+        sums = {f: s for shard in shards for f, s in zip(shard["files"], shard.get("sha256", []), strict=False)}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{folder / MANIFEST} is no manifest of ddpm-fast sample: choose another folder") from error
+    return sums | fresh
+
+
+def is_intact(path: Path, sums: Mapping[str, str]) -> bool:
+    """Whether a file is there and is what its record says."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest() == sums.get(path.name)
+    except FileNotFoundError:
+        return False
+
+
+def _is_whole(folder: Path, shard: Shard, sums: Mapping[str, str]) -> bool:
+    """Whether a shard is finished and undamaged; what is left of it otherwise is removed."""
+    if all(is_intact(folder / file, sums) for file in shard.files):
+        return True
+    for path in (_record_of(folder, shard), *(folder / file for file in shard.files)):
+        path.unlink(missing_ok=True)
+    return False
+
+
+def _record_of(folder: Path, shard: Shard) -> Path:
+    return folder / _RECORD.format(shard.files[0])
+
+
+def _finish(folder: Path, job: Job) -> None:
+    """Whoever finds all shards finished moves their records into the manifest, and draws the grid; two that find it at
+    once write the same."""
+    sums = recorded_sums(folder)
+    files = [file for shard in job.shards for file in shard.files]
+    if not all(file in sums and (folder / file).exists() for file in files):
+        return
+    _write_shared(folder / MANIFEST, lambda temporary: temporary.write_text(job.manifest(sums)))
+    for shard in job.shards:
+        _record_of(folder, shard).unlink(missing_ok=True)
+    if job.request.output == "grid" and not (folder / GRID).exists():
+        _write_grid(folder, job)
 
 
 def _in_parallel(work: Callable[[Shard], None], shards: list[Shard], threads: int, stop: threading.Event) -> None:
@@ -241,27 +339,10 @@ def _check_same(path: Path, job: Job) -> None:
         )
 
 
-def _complete(folder: Path, shard: Shard, job: Job) -> bool:
-    """Whether a shard is there whole. Files appear all at once; a damaged copy is made again."""
-    if job.request.output == "png":
-        return all((folder / file).is_file() for file in shard.files)
-    try:
-        array = np.load(folder / shard.files[0], mmap_mode="r")
-    except (FileNotFoundError, ValueError, EOFError):
-        return False
-    return bool(array.dtype == np.float32 and array.shape == (shard.count, *job.network.shape))
-
-
 def _write_grid(folder: Path, job: Job) -> None:
-    """Whoever sees the last shard in place writes the picture; two that see it at once write the same one."""
     x = np.concatenate([np.load(folder / shard.files[0]) for shard in job.shards])
     image = images.grid(torch.from_numpy(x))
     _write_shared(folder / GRID, lambda temporary: image.save(temporary, format="PNG"))
-
-
-def _save_array(path: Path, array: Any) -> None:
-    with open(path, "wb") as file:
-        np.save(file, array)
 
 
 def _write_shared(path: Path, write: Callable[[Path], object]) -> None:

@@ -28,6 +28,7 @@ def configuration(dataset: str, network: dict[str, Any], settings: dict[str, Any
         ValueError: a value that the configuration does not allow.
     """
     chosen = {name: value for name, value in network.items() if value is not None}
+    chosen["learned_variance"] = settings.get("variance") in ("learned", "learned_range")
     return TrainConfig(
         dataset=dataset, unet=UNetConfig(**{**_COMMON, **_NETWORKS[dataset], **chosen}), lr_decay="cosine", **settings
     )

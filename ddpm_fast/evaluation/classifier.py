@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..training import ImageData
+from ..training.files import load_exactly, read_tensors, write_tensors
 
 FEATURES = 64
+SHIPPED = Path(__file__).parent.parent / "checkpoints" / "fashion-mnist-classifier.safetensors"
+"""A classifier of Fashion-MNIST; docs/checkpoint.md has its recipe."""
 
 
 class Classifier(nn.Module):
@@ -22,6 +27,7 @@ class Classifier(nn.Module):
 
     def __init__(self, channels: int, size: tuple[int, int], classes: int) -> None:
         super().__init__()
+        self.shape = {"channels": channels, "size": list(size), "classes": classes}
         self.conv1 = nn.Conv2d(channels, 32, 3, padding=1)
         self.conv2 = nn.Conv2d(32, 64, 3, padding=1)
         self.hidden = nn.Linear(64 * (size[0] // 4) * (size[1] // 4), FEATURES)
@@ -67,6 +73,38 @@ def train_classifier(data: ImageData, *, epochs: int = 4, batch_size: int = 128,
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    return model.eval().requires_grad_(False)
+
+
+def save_classifier(path: str | Path, model: Classifier) -> None:
+    """Write a classifier, its weights in float16; an existing file is replaced as a whole or not at all.
+
+    Raises:
+        ValueError: a weight that is not finite in float16.
+    """
+    weights = {name: weight.half() for name, weight in model.state_dict().items()}
+    for name, weight in weights.items():
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"weight {name} is not finite in {weight.dtype}")
+    write_tensors(path, "classifier", weights, model.shape)
+
+
+def load_classifier(path: str | Path = SHIPPED) -> Classifier:
+    """Read what :func:`save_classifier` wrote, by default the shipped classifier of Fashion-MNIST.
+
+    Returns:
+        the classifier, float32, in eval mode, without gradients.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: damaged or truncated, or no classifier of this package.
+    """
+    weights, shape = read_tensors(path, "classifier")
+    try:
+        model = Classifier(shape["channels"], tuple(shape["size"]), shape["classes"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: no valid shape of a classifier in the header: {error!r}") from error
+    load_exactly(path, model.state_dict(), weights, "weight")
     return model.eval().requires_grad_(False)
 
 

@@ -60,12 +60,12 @@ def _schedule(scheduler: Any) -> NoiseSchedule:
     )
 
 
-def _mode(scheduler: Any, clipped_output: bool) -> DiffusersMode:
-    final = getattr(scheduler, "final_alpha_cumprod", None)
+def _mode(scheduler: Any, clipped_output: bool, coefficients: str = "float32") -> DiffusersMode:
     return DiffusersMode(
         spacing=scheduler.config.timestep_spacing,
-        final_alpha_cumprod=1.0 if final is None else float(final),
+        final_alpha_cumprod=1.0 if scheduler.config.get("set_alpha_to_one", True) else None,
         clipped_output=clipped_output,
+        coefficients=coefficients,
     )
 
 
@@ -82,8 +82,12 @@ def _variance(scheduler: Any) -> str:
     return _read.choice(scheduler, "variance_type", kind, _VARIANCES)
 
 
-def arguments(scheduler: Any, options: dict[str, Any], use_clipped_model_output: bool) -> dict[str, Any]:
+def arguments(
+    scheduler: Any, options: dict[str, Any], use_clipped_model_output: bool, coefficients: str
+) -> dict[str, Any]:
     """The arguments of a Sampler, besides the model, that samples as a pipeline with `scheduler` does."""
+    if coefficients not in ("float32", "float64"):
+        raise ValueError(f"coefficients must be 'float32' or 'float64', got {coefficients!r}")
     _read.check_options(options, ("prediction", "variance", "solver", "clip", "threshold"), _KIND)
     solver = _solver(scheduler)
     if use_clipped_model_output and solver == "ddpm":
@@ -109,7 +113,7 @@ def arguments(scheduler: Any, options: dict[str, Any], use_clipped_model_output:
         "solver": solver,
         "clip": clip,
         "threshold": threshold,
-        "reference": _mode(scheduler, use_clipped_model_output),
+        "reference": _mode(scheduler, use_clipped_model_output, coefficients),
         **result,
         **options,
     }

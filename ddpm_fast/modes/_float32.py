@@ -12,10 +12,10 @@ def alphas_cumprod(schedule: NoiseSchedule) -> Tensor:
     """float32 ``(T,)``: the original's own where the schedule was read from one, else a float32 product.
 
     Raises:
-        ValueError: a schedule in continuous time.
+        ValueError: a schedule whose levels are no timesteps.
     """
     if schedule.network_times.is_floating_point():
-        raise ValueError("a log_snr schedule has no float32 betas to start from: use reference='guided'")
+        raise ValueError(f"a {schedule.name} schedule has no float32 betas to start from: use reference='guided'")
     if schedule.is_imported:
         return schedule.alphas_cumprod.float()
     return torch.cumprod(1.0 - schedule.betas.float(), dim=0)

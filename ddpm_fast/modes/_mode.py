@@ -22,6 +22,7 @@ class TableRequest:
         edits_x0: whether x0 is clipped, thresholded or changed by a hook, so that the network's epsilon is
             no longer the one that belongs to it.
         needs_x0: whether the step must go by way of x0.
+        corrector_snr: the step size of Langevin dynamics, as in Sampler.
     """
 
     full: NoiseSchedule
@@ -34,6 +35,7 @@ class TableRequest:
     guidance_scale: float
     edits_x0: bool
     needs_x0: bool
+    corrector_snr: float = 0.16
 
 
 class Mode(ABC):

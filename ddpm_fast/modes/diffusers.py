@@ -16,7 +16,7 @@ from ddpm_fast.solvers import CoefficientTable, check_eta, make_table
 
 @dataclass(frozen=True)
 class DiffusersMode(Mode):
-    """float32 coefficients derived anew for each step from a float32 abar, as the schedulers do it.
+    """Coefficients derived anew for each step from abar, as the schedulers do it: from a float32 one, in float32.
 
     DDPM draws where t > 0, DDIM where eta > 0. DDIM uses the network's own epsilon, whether or not x0 was
     clipped, which takes a second kernel where it was; and the timestep that it goes to is T // steps further
@@ -26,6 +26,7 @@ class DiffusersMode(Mode):
         spacing: "leading", "trailing" or "linspace", for a number of steps.
         final_alpha_cumprod: DDIM's abar before timestep 0; None for that of timestep 0.
         clipped_output: `use_clipped_model_output`.
+        coefficients: "float32", the schedulers' own, or "float64": the same formulas, exact.
     """
 
     name: ClassVar[str] = "diffusers"
@@ -34,6 +35,7 @@ class DiffusersMode(Mode):
     spacing: str = "leading"
     final_alpha_cumprod: float | None = 1.0
     clipped_output: bool = False
+    coefficients: str = "float32"
 
     def choose(self, schedule: NoiseSchedule, steps: int) -> list[int]:
         """The scheduler's spacing."""
@@ -53,6 +55,8 @@ class DiffusersMode(Mode):
                 "reference='guided'"
             )
         all_abar = _float32.alphas_cumprod(request.full)
+        if self.coefficients == "float64":
+            all_abar = torch.cumprod(1.0 - request.full.betas, dim=0)
         positions = torch.tensor(request.positions)
         abar = all_abar[positions]
         if ddim:

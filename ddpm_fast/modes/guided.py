@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from ddpm_fast.modes._mode import Mode, TableRequest
 from ddpm_fast.schedule import NoiseSchedule, kept_steps
-from ddpm_fast.solvers import SIGMA_SOLVERS, CoefficientTable, ddim_table, ddpm_table
+from ddpm_fast.solvers import SIGMA_SOLVERS, CoefficientTable, ddim_table, ddpm_table, langevin_table
 
 
 class GuidedMode(Mode):
@@ -18,7 +18,7 @@ class GuidedMode(Mode):
     """
 
     name: ClassVar[str] = "guided"
-    solvers: ClassVar[tuple[str, ...]] = ("ddpm", "ddim", "plms", *SIGMA_SOLVERS)
+    solvers: ClassVar[tuple[str, ...]] = ("ddpm", "ddim", "plms", "langevin", *SIGMA_SOLVERS)
 
     def choose(self, schedule: NoiseSchedule, steps: int) -> list[int]:
         """One section of `space_timesteps`."""
@@ -32,6 +32,15 @@ class GuidedMode(Mode):
                 prediction=request.prediction,
                 variance=request.variance,
                 guidance_scale=request.guidance_scale,
+            )
+        if request.solver == "langevin":
+            return langevin_table(
+                request.kept,
+                prediction=request.prediction,
+                variance=request.variance,
+                snr=request.corrector_snr,
+                guidance_scale=request.guidance_scale,
+                denoise_last=True,
             )
         ours = request.solver in SIGMA_SOLVERS
         eta = (1.0 if request.solver == "euler_ancestral" else 0.0) if ours else request.eta

@@ -1,4 +1,4 @@
-"""A 3x3 convolution that needs fewer multiplications when no gradient is needed."""
+"""A 3x3 convolution that needs fewer multiplications."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ..ops.conv import ConvPlan, PreparedConv3x3, conv3x3, cpu_isa, plan_conv3x3
 
 
 class Conv3x3(nn.Conv2d):
-    """``nn.Conv2d(in_channels, out_channels, 3, padding=1)``, and the fused op where no gradient is needed.
+    """``nn.Conv2d(in_channels, out_channels, 3, padding=1)`` on the fused op, forward and backward.
 
-    The parameters and the state dict are those of ``nn.Conv2d``. With gradients, under autocast or ``torch.compile``,
-    in another dtype or on another device, the forward pass is that of ``nn.Conv2d``, bit for bit.
+    The parameters and the state dict are those of ``nn.Conv2d``. Under autocast or ``torch.compile``, in another dtype
+    or on another device, and with gradients in another layout than channels_last, it is ``nn.Conv2d``, bit for bit.
 
     Args:
         in_channels, out_channels: C and K.
@@ -46,6 +46,8 @@ class Conv3x3(nn.Conv2d):
             return ConvPlan(None, 0, "the weight is an inference tensor, whose changes cannot be seen")
         if input.dim() != 4 or backends.missing["cpu"] is not None or backends.choose(input) != "cpu":
             return ConvPlan(None, 0, "the cpu backend is not the one in use")
+        if needs_grad(input, self.weight, self.bias) and not input.is_contiguous(memory_format=torch.channels_last):
+            return ConvPlan(None, 0, "a copy in channels_last would have to be kept for the gradient")
         return plan_conv3x3(
             self.in_channels,
             self.out_channels,
@@ -54,12 +56,11 @@ class Conv3x3(nn.Conv2d):
             isa=cpu_isa(),
             dtype=input.dtype,
             device=input.device.type,
-            gradient=needs_grad(input, self.weight, self.bias),
         )
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """``residual + conv(input)``: ``(N, in_channels, H, W)`` -> ``(N, out_channels, H, W)``, residual's shape."""
-        if self.plan(input).tile is None or needs_grad(residual):
+        if self.plan(input).tile is None:
             y = super().forward(input)
             return y if residual is None else residual + y
         prepared = self._prepared

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..ops.conv import MODES
 from .blocks import Downsample, ResBlock, SelfAttention, Upsample, zero_init
@@ -36,6 +37,7 @@ class UNetConfig:
         dropout: probability inside the residual blocks.
         time_embedding: ``"add"`` before the second norm of a block, or ``"scale_shift"`` after it.
         num_classes: number of labels ``y`` that condition the network, ``None`` for none.
+        self_condition: the network also sees its last estimate of x0, zeros at first (Chen, Zhang and Hinton 2023).
         channels_last: keep weights and activations in ``torch.channels_last``.
 
     Raises:
@@ -54,6 +56,7 @@ class UNetConfig:
     dropout: float = 0.0
     time_embedding: str = "add"
     num_classes: int | None = None
+    self_condition: bool = False
     channels_last: bool = True
 
     def __post_init__(self) -> None:
@@ -121,7 +124,7 @@ class UNetConfig:
 
 
 class UNet(nn.Module):
-    """The denoising U-Net: ``model(x, t, y=None)``.
+    """The denoising U-Net: ``model(x, t, y=None, x_self_cond=None)``.
 
     Give a :class:`UNetConfig`, or its fields as keywords.
     """
@@ -159,7 +162,7 @@ class UNet(nn.Module):
         last_level = len(widths) - 1
         channels = config.base_channels
         skips = [channels]
-        self.conv_in = Conv3x3(config.in_channels, channels)
+        self.conv_in = Conv3x3(config.in_channels * (2 if config.self_condition else 1), channels)
         self.down = nn.ModuleList()
         for level, width in enumerate(widths):
             for _ in range(config.num_res_blocks):
@@ -188,6 +191,7 @@ class UNet(nn.Module):
 
         self.norm_out = GroupNormSiLU(config.num_groups, channels)
         self.conv_out = zero_init(Conv3x3(channels, config.output_channels))
+        self._gradient_checkpointing = False
         self._memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.to(memory_format=self._memory_format)  # type: ignore[call-overload]
 
@@ -213,7 +217,17 @@ class UNet(nn.Module):
             if isinstance(module, Conv3x3):
                 module.mode = mode
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Keep only the input of each block for the backward pass, and compute the block again there.
+
+        A choice of the moment: neither the state dict nor the config carries it. Results are the same to the bit.
+
+        Args:
+            enabled: whether to.
+        """
+        self._gradient_checkpointing = enabled
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, x_self_cond: Tensor | None = None) -> Tensor:
         """Predict from noisy images.
 
         Args:
@@ -221,6 +235,7 @@ class UNet(nn.Module):
                 Converted to the network's own dtype.
             t: ``(N,)`` timesteps, integer or floating point.
             y: ``(N,)`` int64 labels; exactly when the network has ``num_classes``.
+            x_self_cond: like x, the last estimate of x0; only for a network with ``self_condition``.
 
         Returns:
             ``(N, output_channels, H, W)`` in the network's dtype.
@@ -228,7 +243,9 @@ class UNet(nn.Module):
         Raises:
             ValueError: wrong shape, or labels missing or not expected.
         """
-        self._check(x, t, y)
+        self._check(x, t, y, x_self_cond)
+        if self.config.self_condition:
+            x = torch.cat((torch.zeros_like(x) if x_self_cond is None else x_self_cond.to(x.dtype), x), dim=1)
         dtype = self.dtype
         embedding = self.time_mlp(timestep_embedding(t, self.config.base_channels).to(dtype))
         if self.class_embedding is not None:
@@ -238,15 +255,28 @@ class UNet(nn.Module):
         h = self.conv_in(x.to(dtype=dtype, memory_format=self._memory_format))
         skips = [h]
         for stage in self.down:
-            h = _run(stage, h, embedding)
+            h = self._run(stage, h, embedding)
             skips.append(h)
-        h = _run(self.middle, h, embedding)
+        h = self._run(self.middle, h, embedding)
         for stage in self.up:
-            h = _run(stage, torch.cat((h, skips.pop()), dim=1), embedding)
+            h = self._run(stage, torch.cat((h, skips.pop()), dim=1), embedding)
         return self.conv_out(self.norm_out(h))  # type: ignore[no-any-return]
 
-    def _check(self, x: Tensor, t: Tensor, y: Tensor | None) -> None:
+    def _run(self, stage: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
+        assert isinstance(stage, nn.ModuleList)
+        again = self._gradient_checkpointing and torch.is_grad_enabled()
+        for layer in stage:
+            inputs = (h, embedding) if isinstance(layer, ResBlock) else (h,)
+            h = checkpoint(layer, *inputs, use_reentrant=False) if again else layer(*inputs)
+        return h
+
+    def _check(self, x: Tensor, t: Tensor, y: Tensor | None, x_self_cond: Tensor | None) -> None:
         config = self.config
+        if x_self_cond is not None and (not config.self_condition or x_self_cond.shape != x.shape):
+            raise ValueError(
+                f"x_self_cond must have x's shape {tuple(x.shape)} and the network self_condition, "
+                f"got {tuple(x_self_cond.shape)} and {config.self_condition}"
+            )
         if x.ndim != 4 or x.shape[1] != config.in_channels:
             raise ValueError(f"x must have shape (N, {config.in_channels}, H, W), got {tuple(x.shape)}")
         if not x.is_floating_point():
@@ -264,13 +294,6 @@ class UNet(nn.Module):
             raise ValueError(f"labels y are {state}={config.num_classes}")
         if y is not None and y.shape != (x.shape[0],):
             raise ValueError(f"y must have shape ({x.shape[0]},), got {tuple(y.shape)}")
-
-
-def _run(stage: nn.Module, h: Tensor, embedding: Tensor) -> Tensor:
-    assert isinstance(stage, nn.ModuleList)
-    for layer in stage:
-        h = layer(h, embedding) if isinstance(layer, ResBlock) else layer(h)
-    return h
 
 
 def _check_positive(name: str, value: Any) -> None:

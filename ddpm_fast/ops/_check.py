@@ -105,6 +105,12 @@ def rows_in_range(index: Tensor, count: int, name: str) -> None:
         raise ValueError(f"{name} must lie in [0, {count}); element {i} is {rows[i]}")
 
 
+def first_derivative_only(op: str) -> None:
+    """Refuses a backward pass that autograd would have to look into."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{op} has no second derivative: call backward without create_graph=True")
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd has to know of an op on these tensors."""
     if torch.is_grad_enabled():

@@ -112,11 +112,6 @@ def activation_number(activation: str | None) -> int:
     return _ACTIVATIONS[activation]
 
 
-def refuse_second_derivative(name: str) -> None:
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(f"{name} has no second derivative: call backward without create_graph=True")
-
-
 def laid_out_like(grad_out: Tensor, x: Tensor) -> Tensor:
     """A gradient, which may come in any layout, in that of x."""
     if grad_out.stride() == x.stride():

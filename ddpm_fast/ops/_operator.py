@@ -57,6 +57,16 @@ class Operator:
         packet = getattr(torch.ops.ddpm_fast, name)
         self._overloads: dict[str, Callable[..., None]] = {backend: getattr(packet, backend) for backend in on}
 
+    def choose(self, *tensors: torch.Tensor | None) -> str:
+        """The backend for a call on these tensors: `backends.choose` for the first, if it has this op and takes all.
+
+        Where it does not, the reference.
+        """
+        main, *others = (tensor for tensor in tensors if tensor is not None)
+        backend = backends.choose(main)
+        takes = all(tensor.dtype != torch.float64 for tensor in others)
+        return backend if takes and backend in self._overloads else "reference"
+
     def __getitem__(self, backend: str) -> Callable[..., None]:
         """The torch operator of one backend."""
         return self._overloads[backend]

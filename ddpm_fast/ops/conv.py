@@ -1,13 +1,14 @@
-"""3x3 convolution with fewer multiplications, for inference on the CPU."""
+"""3x3 convolution with fewer multiplications, on the CPU."""
 
 from __future__ import annotations
 
 import importlib
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ddpm_fast import backends
 from ddpm_fast.backends.reference import conv as reference
@@ -56,7 +57,6 @@ def plan_conv3x3(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     stride: int = 1,
-    gradient: bool = False,
 ) -> ConvPlan:
     """Decides how a 3x3 convolution with padding 1 is computed.
 
@@ -67,17 +67,13 @@ def plan_conv3x3(
         mode: "exact", "strict", "fast" or "torch"; see `conv3x3`.
         isa: the instruction set of the CPU kernels: "avx512", "avx2", "generic", or "none" where there are none.
         dtype, device, stride: the input's dtype and kind of device, and the convolution's stride.
-        gradient: whether a gradient is needed.
 
     Raises:
         ValueError: for another mode.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {MODES}, not {mode!r}")
+    _check_mode(mode)
     if mode == "torch":
         return _by_torch("mode is 'torch'")
-    if gradient:
-        return _by_torch("a gradient is needed, and the kernel has none")
     if stride != 1:
         return _by_torch(f"stride is {stride}, and the kernel's is 1")
     if device != "cpu" or dtype != torch.float32:
@@ -142,12 +138,29 @@ def pack(weight: Tensor) -> Tensor:
     multiple of four.
     """
     outputs, channels = weight.shape[:2]
+    rows = -(-channels // 4) * 4
+    taps = weight.permute(1, 2, 3, 0).reshape(channels, 9, outputs)
     count = -(-outputs // _PANEL)
     last = outputs - (count - 1) * _PANEL
-    widths = [_PANEL] * (count - 1) + [_PANEL // 2 if last <= _PANEL // 2 else _PANEL]
-    padded = weight.new_zeros((-(-channels // 4) * 4, 9, sum(widths)))
-    padded[:channels, :, :outputs] = weight.permute(1, 2, 3, 0).reshape(channels, 9, outputs)
-    return torch.cat([panel.reshape(-1) for panel in padded.split(widths, dim=2)])
+    width = _PANEL // 2 if last <= _PANEL // 2 else _PANEL
+    packed = weight.new_zeros(rows * 9 * ((count - 1) * _PANEL + width))
+    if count > 1:
+        whole = packed[: rows * 9 * (count - 1) * _PANEL].view(count - 1, rows, 9, _PANEL)
+        whole[:, :channels] = taps[:, :, :-last].unflatten(2, (count - 1, _PANEL)).permute(2, 0, 1, 3)
+    packed[-rows * 9 * width :].view(rows, 9, width)[:channels, :, :last] = taps[:, :, -last:]
+    return packed
+
+
+# Fused optimisers write into parameters without counting it in their version; so every step of any optimiser counts.
+_optimizer_steps = 0
+
+
+def _count_optimizer_step(*_: Any) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_optimizer_step)
 
 
 class PreparedConv3x3:
@@ -159,19 +172,20 @@ class PreparedConv3x3:
         self.weight = weight
         self._packed: Tensor | None = None
         self._source: Tensor | None = None
-        self._version = -1
+        self._version = (-1, -1)
 
     def packed(self) -> Tensor:
         """The packed weight, packed again where the weight has changed since the last call."""
         weight = self.weight
+        version = (weight._version, _optimizer_steps)
         # Holding the memory that was packed keeps its address from being given to another weight.
         if (
             self._packed is None
             or self._source is None
-            or self._version != weight._version
+            or self._version != version
             or self._source.data_ptr() != weight.data_ptr()
         ):
-            self._source, self._version = weight.detach(), weight._version
+            self._source, self._version = weight.detach(), version
             self._packed = pack(self._source)
         return self._packed
 
@@ -179,9 +193,9 @@ class PreparedConv3x3:
 def prepare_conv3x3(weight: Tensor) -> PreparedConv3x3:
     """Makes a weight ready for many calls of `conv3x3`.
 
-    The result follows the weight: it is packed at the first call and again after an in-place change (an optimiser's
-    step, `load_state_dict`) or when its memory is replaced. Writes through `weight.data`, which PyTorch does not
-    count, are not seen.
+    The result follows the weight: it is packed at the first call, and again after an in-place change
+    (`load_state_dict`), after a step of any optimiser, or when its memory is replaced. Writes through `weight.data`,
+    which PyTorch does not count, are not seen.
 
     Args:
         weight: (K, C, 3, 3), float32 on the CPU.
@@ -196,6 +210,11 @@ def prepare_conv3x3(weight: Tensor) -> PreparedConv3x3:
     if weight.is_inference():
         raise ValueError("weight must not be an inference tensor: its changes could not be seen; clone it outside")
     return PreparedConv3x3(weight)
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {MODES}, not {mode!r}")
 
 
 def _check_weight(weight: object) -> None:
@@ -226,6 +245,71 @@ def _check_out(out: Tensor, x: Tensor) -> None:
         raise ValueError("out must not share memory with x")
 
 
+def _backward_weight(weight: Tensor) -> Tensor:
+    """The weight that convolves a gradient back: channels for outputs, and the other way round."""
+    return weight.flip(2, 3).transpose(0, 1)
+
+
+class _Conv3x3(torch.autograd.Function):
+    """The gradient of x is a convolution of the same kind; that of the weight is torch's.
+
+    Kept for the backward pass: x and the weight.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        prepared: PreparedConv3x3 | None,
+        mode: str,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.mode, ctx.has_bias = mode, bias is not None
+        return _convolved(x, weight, bias, residual, prepared, mode, None)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _check.first_derivative_only("conv3x3")
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad_x = _convolved(grad, _backward_weight(weight), None, None, None, ctx.mode, None) if needs_x else None
+        grad_weight = grad_bias = None
+        if needs_weight or needs_bias:
+            _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+                grad, x, weight, [weight.shape[0]], [1, 1], [1, 1], [1, 1], False, [0, 0], 1,
+                [False, needs_weight, needs_bias],
+            )  # fmt: skip
+        return grad_x, grad_weight, grad_bias, grad if needs_residual else None, None, None
+
+
+def _convolved(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    prepared: PreparedConv3x3 | None,
+    mode: str,
+    out: Tensor | None,
+) -> Tensor:
+    """On the cpu backend, x and residual in channels_last."""
+    plan = plan_conv3x3(weight.shape[1], weight.shape[0], *x.shape[2:], mode=mode, isa=cpu_isa())
+    if plan.tile is None:
+        y = torch.nn.functional.conv2d(x, weight, bias, padding=1).contiguous(memory_format=torch.channels_last)
+        if residual is not None:
+            return torch.add(residual, y, out=out)
+        return y if out is None else out.copy_(y)
+    if out is None:
+        shape = (x.shape[0], weight.shape[0], *x.shape[2:])
+        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    packed = pack(weight) if prepared is None else prepared.packed()
+    CONV3X3["cpu"](x, weight, bias, residual, packed, *plan.tile, plan.block, out)
+    return out
+
+
 def conv3x3(
     x: Tensor,
     weight: Tensor | PreparedConv3x3,
@@ -235,11 +319,12 @@ def conv3x3(
     mode: str = "exact",
     out: Tensor | None = None,
 ) -> Tensor:
-    """`residual + conv2d(x, weight, bias, padding=1)` for 3x3 kernels, without gradients.
+    """`residual + conv2d(x, weight, bias, padding=1)` for 3x3 kernels.
 
     On the CPU with Winograd's minimal filtering (Winograd 1980; Lavin and Gray 2016), which needs 2.25 to 4 times
     fewer multiplications. An element's bits depend neither on the batch, nor on the number of threads, nor on the
-    instruction set. What the kernel does not take, torch computes; `plan_conv3x3` says which and why.
+    instruction set. What the kernel does not take, torch computes; `plan_conv3x3` says which and why. The gradient of
+    x is made by the same kernel, that of the weight by torch.
 
     Args:
         x: (N, C, H, W) float32, or float64 on the reference backend. channels_last is taken as it is, another layout
@@ -253,12 +338,12 @@ def conv3x3(
         out: channels_last (N, K, H, W) that receives the result.
 
     Returns:
-        (N, K, H, W), channels_last; `out` where it was given.
+        (N, K, H, W), channels_last; `out` where it was given. Differentiable, once.
 
     Raises:
         TypeError: for an argument of the wrong type.
         ValueError: for a wrong shape, dtype, device, layout or mode.
-        RuntimeError: where a gradient is needed.
+        RuntimeError: for `out` where a gradient is needed, and when a second derivative is asked for.
     """
     prepared = weight if isinstance(weight, PreparedConv3x3) else None
     w = prepared.weight if prepared is not None else weight
@@ -268,6 +353,7 @@ def conv3x3(
         raise ValueError(f"x must be (N, C, H, W) with at least one channel and pixel, not of shape {tuple(x.shape)}")
     if x.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"x must be float32, or float64 on the reference backend, not {x.dtype}")
+    _check_mode(mode)
     _check_weight(w)
     assert isinstance(w, Tensor)
     samples, channels, height, width = x.shape
@@ -281,22 +367,22 @@ def conv3x3(
     if out is not None:
         _check_like("out", out, shape, x)
         _check_out(out, x)
-    if _check.needs_grad(x, w, bias, residual, out):
-        raise RuntimeError("conv3x3 has no gradient: use torch's convolution, or nn.Conv3x3, which does where needed")
-    backend = "cpu" if backends.choose(x) == "cpu" else "reference"
-    plan = plan_conv3x3(channels, outputs, height, width, mode=mode, isa=cpu_isa())
+    needs_grad = _check.needs_grad(x, w, bias, residual, out)
+    if needs_grad and out is not None:
+        raise RuntimeError("conv3x3: out= is for calls without gradients; use torch.no_grad()")
     x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
-    if backend == "cpu" and plan.tile is None:
-        y = torch.nn.functional.conv2d(x, w, bias, padding=1).contiguous(memory_format=torch.channels_last)
-        if residual is not None:
-            return torch.add(residual, y, out=out)
-        return y if out is None else out.copy_(y)
-    if out is None:
-        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    packed = None if backend == "reference" else pack(w) if prepared is None else prepared.packed()
     if bias is not None:
         bias = bias.contiguous()
-    CONV3X3[backend](x, w, bias, residual, packed, *(plan.tile or (0, 0)), plan.block, out)
-    return out
+    if backends.choose(x) != "cpu":
+        if needs_grad:
+            y = torch.nn.functional.conv2d(x, w, bias, padding=1)
+            return y if residual is None else residual + y
+        if out is None:
+            out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        CONV3X3["reference"](x, w, bias, residual, None, 0, 0, 0, out)
+        return out
+    if needs_grad:
+        return _Conv3x3.apply(x, w, bias, residual, prepared, mode)  # type: ignore[no-any-return,no-untyped-call]
+    return _convolved(x, w, bias, residual, prepared, mode, out)

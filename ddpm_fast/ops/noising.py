@@ -29,6 +29,14 @@ NOISING_RANDOM = Operator(
     reference.noising_random,
 )
 
+NOISING_DRAWN = Operator(
+    "noising_drawn",
+    "Tensor x0, Tensor t, Tensor coefficients, Tensor seed, Tensor? sample_ids, Tensor step, int stream, "
+    "Tensor(a!) out",
+    reference.noising_drawn,
+    on=("reference", "cpu"),
+)
+
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -59,6 +67,7 @@ def q_sample(
     seed: int | Tensor | None = None,
     sample_ids: Sequence[int] | Tensor | None = None,
     step: int | Tensor = 0,
+    stream: str = "training",
 ) -> tuple[Tensor, Tensor]:
     """Draws x_t from q(x_t | x_0): `x_t = sqrt(alphas_cumprod[t]) * x0 + sqrt(1 - alphas_cumprod[t]) * noise`.
 
@@ -70,7 +79,7 @@ def q_sample(
         t: int64 (N,), in [0, T).
         schedule: the `NoiseSchedule` that t counts in.
         noise: (N, C, *) standard normal; drawn from `seed` unless given.
-        seed, sample_ids, step: as for `randn`, stream "training". Without a seed one is drawn from torch's generator.
+        seed, sample_ids, step, stream: as for `randn`. Without a seed one is drawn from torch's generator.
 
     Returns:
         x_t and the noise in it, both (N, C, *) in x0's dtype (float32 for uint8) and layout; `noise` itself if given.
@@ -82,6 +91,7 @@ def q_sample(
     _check_inputs(x0, t, schedule.timesteps, noise)
     if noise is not None and seed is not None:
         raise ValueError("noise and seed exclude each other: give the noise or the seed it is drawn from")
+    number = _check.stream_number(stream)
     device = x0.device
     coefficients = schedule.noising_coefficients(device)
     dtype = torch.float32 if x0.dtype == torch.uint8 else x0.dtype
@@ -101,13 +111,13 @@ def q_sample(
                 _check.seed_tensor(seed, device),
                 _check.sample_id_tensor(sample_ids, samples, device),
                 _check.counter_tensor(step, "step", samples, device),
-                _check.STREAMS["training"],
+                number,
                 x_t,
                 noise,
             )
             return x_t, noise
         noise = torch.empty_like(x0, dtype=dtype, requires_grad=False)
-        randn(x0.shape, seed=seed, sample_ids=sample_ids, step=step, stream="training", out=noise)
+        randn(x0.shape, seed=seed, sample_ids=sample_ids, step=step, stream=stream, out=noise)
 
     if _check.needs_grad(x0, noise):
         # The same bits as the kernels', and autograd knows the way back.
@@ -115,3 +125,44 @@ def q_sample(
     x_t = torch.empty_like(x0, dtype=dtype)
     NOISING[backends.choose(x_t)](x0, t, coefficients, _check.one_pixel_stride(noise), x_t)
     return x_t, noise
+
+
+def noised(
+    x0: Tensor,
+    t: Tensor,
+    schedule: NoiseSchedule,
+    *,
+    seed: int | Tensor,
+    sample_ids: Sequence[int] | Tensor | None = None,
+    step: int | Tensor = 0,
+) -> Tensor:
+    """The x_t of `q_sample`, to the bit, whose noise is made on the way and not kept: `target_loss` draws it again.
+
+    Args:
+        x0: (N, C, *) float32, or uint8 images.
+        t, schedule, seed, sample_ids, step: as for `q_sample`.
+
+    Returns:
+        (N, C, *) float32 in x0's layout, without a gradient.
+
+    Raises:
+        TypeError, ValueError: as `q_sample`, and for another dtype of x0.
+    """
+    _check_inputs(x0, t, schedule.timesteps, None)
+    if x0.dtype not in (torch.float32, torch.uint8):
+        raise ValueError(f"x0 must be float32 or uint8, not {x0.dtype}")
+    samples, device = x0.shape[0], x0.device
+    if not _check.is_dense(x0):
+        x0 = x0.contiguous()
+    x_t = torch.empty_like(x0, dtype=torch.float32, requires_grad=False)
+    NOISING_DRAWN[NOISING_DRAWN.choose(x_t)](
+        x0,
+        t,
+        schedule.noising_coefficients(device),
+        _check.seed_tensor(seed, device),
+        _check.sample_id_tensor(sample_ids, samples, device),
+        _check.counter_tensor(step, "step", samples, device),
+        _check.STREAMS["training"],
+        x_t,
+    )
+    return x_t

@@ -56,7 +56,7 @@ class _NormAct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        _norm.refuse_second_derivative("group_norm_silu")
+        _check.first_derivative_only("group_norm_silu")
         x, weight, bias, scale, shift, embedding, mean, rstd = ctx.saved_tensors
         grad_out = _norm.laid_out_like(grad_out, x)
         parameters = (weight, bias, scale, shift, embedding)

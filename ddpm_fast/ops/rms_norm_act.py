@@ -52,7 +52,7 @@ class _RmsNormAct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        _norm.refuse_second_derivative("rms_norm_silu")
+        _check.first_derivative_only("rms_norm_silu")
         x, weight, scale, shift, rrms = ctx.saved_tensors
         grad_out = _norm.laid_out_like(grad_out, x)
         parameters = (weight, scale, shift)

@@ -15,12 +15,38 @@ from ddpm_fast.sampler.inpaint import BLENDS
 from ddpm_fast.sampler.network import TimeFunction
 from ddpm_fast.sampler.step import Hooks
 from ddpm_fast.schedule import NoiseSchedule, kept_steps
+from ddpm_fast.solvers import SIGMA_SOLVERS, check_snr
+
+HISTORIES = ("plms", "dpmpp_2m")
+"""Solvers whose steps depend on the ones before."""
 
 
 def parse_steps(
+    schedule: NoiseSchedule,
+    mode: Mode,
+    steps: int | str | None,
+    timesteps: Iterable[int] | Tensor | str | None,
+    solver: str,
+) -> tuple[NoiseSchedule, list[int] | None]:
+    """The schedule whose steps are made, and the numbers of those in it, ascending, or None for all."""
+    if isinstance(timesteps, str):
+        return _levels(schedule, steps, timesteps, solver), None
+    return schedule, _chosen(schedule, mode, steps, timesteps)
+
+
+def _levels(schedule: NoiseSchedule, steps: int | str | None, name: str, solver: str) -> NoiseSchedule:
+    if name != "karras":
+        raise ValueError(f"timesteps must be the steps' numbers or 'karras', got {name!r}")
+    if solver not in SIGMA_SOLVERS:
+        raise ValueError(f"timesteps='karras' is for solver {', '.join(SIGMA_SOLVERS)}, got {solver!r}")
+    if steps is None or isinstance(steps, str):
+        raise ValueError(f"timesteps='karras' needs steps, the number of them, got {steps!r}")
+    return schedule.karras(steps)
+
+
+def _chosen(
     schedule: NoiseSchedule, mode: Mode, steps: int | str | None, timesteps: Iterable[int] | Tensor | None
 ) -> list[int] | None:
-    """The numbers of the steps to make, ascending, or None for all."""
     if timesteps is None:
         if steps is None:
             return None
@@ -31,7 +57,7 @@ def parse_steps(
         return mode.choose(schedule, steps)
     if steps is not None:
         raise ValueError("steps and timesteps exclude each other: both choose the steps to make")
-    if isinstance(timesteps, (str, int)) or not isinstance(timesteps, Iterable):
+    if isinstance(timesteps, int) or not isinstance(timesteps, Iterable):
         raise TypeError(f"timesteps must be the steps' numbers, got {type(timesteps).__name__}")
     chosen = timesteps.tolist() if isinstance(timesteps, Tensor) else list(timesteps)
     if len(chosen) > 1 and chosen[0] < chosen[-1]:
@@ -66,6 +92,19 @@ def parse_hooks(
         if cond_mode == "score" and prediction == "x_prev":
             raise ValueError("cond_mode='score' changes epsilon, which prediction='x_prev' makes no use of")
     return Hooks(rescale, denoised_fn, cond_fn, cond_mode)
+
+
+def parse_corrector(corrector_steps: int, corrector_snr: float, solver: str, hooks: Hooks) -> int:
+    check_snr(corrector_snr)
+    if isinstance(corrector_steps, bool) or not isinstance(corrector_steps, int):
+        raise TypeError(f"corrector_steps must be an int, got {type(corrector_steps).__name__}")
+    if corrector_steps < 0:
+        raise ValueError(f"corrector_steps must be at least 0, got {corrector_steps}")
+    if corrector_steps > 0 and solver in HISTORIES:
+        raise ValueError(f"solver={solver!r} has a history, which a corrector would belie: corrector_steps=0")
+    if corrector_steps > 0 and hooks.cond_fn is not None and hooks.cond_mode == "mean":
+        raise ValueError("cond_mode='mean' moves the mean of a DDPM step: use 'score' with corrector_steps")
+    return corrector_steps
 
 
 def parse_self_condition(self_condition: bool | str) -> str | None:
@@ -121,7 +160,7 @@ def parse_time_input(time_input: str | TimeFunction, schedule: NoiseSchedule) ->
     if time_input == "auto":
         return None
     if time_input == "scaled":
-        if schedule.network_times.is_floating_point():
+        if schedule.name == "log_snr":
             raise ValueError("time_input='scaled' scales timesteps, and a log_snr schedule has none: use 'auto'")
         factor = 1000.0 / schedule.original_timesteps
         return lambda t: t.float() * factor

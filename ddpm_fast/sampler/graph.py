@@ -27,6 +27,8 @@ def obstacle(run: Run) -> str | None:
         return f"the samples are on {run.x.device}, not on a CUDA device"
     if run.history is not None or run.x0 is not None:
         return "the steps differ: the solver or a self-conditioned model keeps something of the step before"
+    if run.corrector is not None:
+        return "the corrector makes updates of its own"
     if run.inpainting is not None:
         return "inpainting draws noise of its own"
     if hooks.denoised_fn is not None or hooks.cond_fn is not None:

@@ -17,7 +17,8 @@ class Inpainting:
       timestep (latent-diffusion's DDIM).
     - "after": the same behind each step, at that step's timestep still (latent-diffusion's DDPM).
     - "repaint": behind each step, at the timestep that it leads to; then, `resample` - 1 times, noise is added
-      to go back to the step's timestep and the step is made again (Lugmayr et al. 2022, algorithm 1).
+      to go back to the step's timestep and the step is made again (Lugmayr et al. 2022, algorithm 1). The last
+      step, which leads to the images, is made once.
 
     Args:
         mask: float32, of the samples' shape; 1 where `known` is kept.
@@ -45,12 +46,17 @@ class Inpainting:
             table.flip(0).float().to(known.device).unbind() for table in (levels, below, up)
         )
 
+    def repetitions(self, i: int) -> int:
+        """How often step i is made."""
+        return self.resample if i + 1 < len(self.levels) else 1
+
     def extras(self, draws: tuple[int, ...], stochastic: bool) -> int:
         """How many draws a run makes besides the `draws` of its steps."""
         if self.blend != "repaint":
             return len(draws)
-        again = sum(1 for d in draws if d) if stochastic else 0
-        return len(draws) * (2 * self.resample - 1) + again * (self.resample - 1)
+        counts = [self.repetitions(i) for i in range(len(draws))]
+        again = sum(count - 1 for count, d in zip(counts, draws, strict=True) if d) if stochastic else 0
+        return sum(2 * count - 1 for count in counts) + again
 
     def put(self, x: Tensor, noise: Tensor, i: int, below: bool = False) -> None:
         """Replace the known part of `x` by the known images, noised to step i's timestep or the one below."""

@@ -111,6 +111,8 @@ class BoundNetwork:
         self.input = x
         if self.halves or dtype != x.dtype:
             self.input = torch.empty((batch, *self.shape[1:]), dtype=dtype, device=x.device, memory_format=layout(x))
+        # Both halves are written in one pass, which reads the state once.
+        self.target = self.input.unflatten(0, (2, samples)) if self.halves else self.input
         # A row for each step, cut beforehand: the loop then neither builds a tensor nor waits for one.
         self.time_rows = timesteps.to(x.device)[:, None].expand(-1, batch).contiguous()
         self.times = self.time_rows.unbind()
@@ -131,8 +133,7 @@ class BoundNetwork:
 
     def _outputs(self, time: Tensor, x0: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.input is not self.x:
-            for part in self.input.chunk(2) if self.halves else (self.input,):
-                part.copy_(self.x)
+            self.target.copy_(self.x)
         last: dict[str, Any] = {}
         if self.self_condition is not None:
             if x0 is not None:

@@ -24,10 +24,11 @@ class SeededNoise:
         sample_ids: Sequence[int] | Tensor | None,
         samples: int,
         device: torch.device,
+        corrections: int = 0,
     ) -> None:
         self.seed = _check.seed_tensor(seed, device)
         self.sample_ids = _check.sample_id_tensor(sample_ids, samples, device)
-        self.extras = 0
+        self.extras = corrections  # the corrector's updates come first in its stream
 
     def extra(self, i: int, like: Tensor) -> Tensor:
         """A draw of step i that is not the step's own, of `like`'s shape: the stream "corrector", counted."""
@@ -52,6 +53,10 @@ class SeededNoise:
         To be called once for each step, in order: the step may be one of several draws, or of none.
         """
         return {"seed": self.seed, "sample_ids": self.sample_ids} if stochastic else {}
+
+    def correction(self, i: int) -> dict[str, Any]:
+        """What `ops.denoise` gets for an update of the corrector in step i; the table's row numbers the draw."""
+        return {"seed": self.seed, "sample_ids": self.sample_ids, "stream": "corrector"}
 
 
 class GivenNoise(SeededNoise):
@@ -94,6 +99,10 @@ class GivenNoise(SeededNoise):
         """The next row."""
         return self._row(i)
 
+    def correction(self, i: int) -> dict[str, Any]:
+        """The next row."""
+        return {"noise": self._row(i)}
+
     def _row(self, i: int) -> Tensor:
         number, self.next = self.next, self.next + 1
         if isinstance(self.noise, Tensor):
@@ -126,6 +135,10 @@ class GeneratorNoise:
     def extra(self, i: int, like: Tensor) -> Tensor:
         """The next draw."""
         return self.buffer.normal_(generator=self.generator)
+
+    def correction(self, i: int) -> dict[str, Any]:
+        """The next draw."""
+        return {"noise": self.buffer.normal_(generator=self.generator)}
 
 
 NoiseSource = SeededNoise | GeneratorNoise

@@ -29,9 +29,10 @@ class Run:
         source: NoiseSource,
         timesteps: list[int],
         inpainting: Inpainting | None = None,
+        corrector: Step | None = None,
     ) -> None:
         self.apply, self.x, self.network, self.source, self.timesteps = step, x, network, source, timesteps
-        self.inpainting = inpainting
+        self.inpainting, self.corrector = inpainting, corrector
         solver = step.table.solver
         self.history = History() if solver == "plms" else None
         # The x0 of the step before, which a self-conditioned network is told, and solvers of second order use.
@@ -75,6 +76,8 @@ class Run:
     def _once(self, i: int, arguments: Callable[[int, bool], dict[str, Any]], x0: Tensor | None) -> None:
         """Step i itself."""
         x = self.x
+        if self.corrector is not None:
+            self._correct(self.corrector, i)
         output, unconditional = self._network(i)
         noise = arguments(i, self.apply.stochastic)
         if self.history is not None:
@@ -90,6 +93,14 @@ class Run:
         if self.last_x0 is not None and self.x0 is not None and i > 0:
             x.addcmul_(self.x0 - self.last_x0, self.weights[i])
 
+    def _correct(self, corrector: Step, i: int) -> None:
+        """The corrector's updates, at the noise level that step i starts from."""
+        updates = corrector.table.steps // len(self.timesteps)
+        for row in range(i * updates, (i + 1) * updates):
+            output, unconditional = self._network(i)
+            noise = self.source.correction(i)
+            corrector(self.x, output, unconditional, row, noise, out=self.x, x0_out=None, gradient=self.gradient(i))
+
     def _heun(self, i: int, start: Tensor) -> None:
         """From the end of an Euler step, which the state is, to that of Heun's."""
         x, x0 = self.x, torch.empty_like(start)
@@ -99,15 +110,16 @@ class Run:
         x.copy_(of_start * start + of_end * x + of_x0 * x0)
 
     def _repaint(self, paint: Inpainting, i: int, x0: Tensor | None) -> None:
-        """Step i, `resample` times; the draws of each are the step's own, the known part's, the way back's."""
+        """Step i and its repetitions; the draws of each are the step's own, the known part's, the way back's."""
 
         def again(i: int, stochastic: bool) -> dict[str, Any]:
             return {"noise": self.source.extra(i, self.x)} if stochastic and self.apply.table.draws[i] else {}
 
-        for repetition in range(paint.resample):
+        repetitions = paint.repetitions(i)
+        for repetition in range(repetitions):
             self._once(i, self.source.arguments if repetition == 0 else again, x0)
             paint.put(self.x, self.source.extra(i, self.x), i, below=True)
-            if repetition + 1 < paint.resample:
+            if repetition + 1 < repetitions:
                 paint.back(self.x, self.source.extra(i, self.x), i)
 
     def _network(self, i: int) -> tuple[Tensor, Tensor | None]:

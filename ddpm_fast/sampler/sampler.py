@@ -13,9 +13,11 @@ from torch import Tensor
 
 from ddpm_fast.modes import MODES, Mode, TableRequest
 from ddpm_fast.sampler.arguments import (
+    HISTORIES,
     check_shape,
     check_state,
     parse_clip,
+    parse_corrector,
     parse_hooks,
     parse_inpainting,
     parse_number,
@@ -48,10 +50,9 @@ from ddpm_fast.sampler.run import Run, call_with_gradients
 from ddpm_fast.sampler.state import SamplerState
 from ddpm_fast.sampler.step import Step
 from ddpm_fast.schedule import NoiseSchedule
-from ddpm_fast.solvers import COLUMNS, SIGMA_SOLVERS, CoefficientTable
+from ddpm_fast.solvers import COLUMNS, SIGMA_SOLVERS, CoefficientTable, langevin_table
 
-_SOLVERS = ("ddpm", "ddim", "plms", *SIGMA_SOLVERS)
-_HISTORIES = ("plms", "dpmpp_2m")
+_SOLVERS = ("ddpm", "ddim", "plms", "langevin", *SIGMA_SOLVERS)
 # Those that start from sigma * x_T and not from x_T.
 _SCALED = ("euler", "heun", "euler_ancestral")
 
@@ -68,13 +69,16 @@ class Sampler:
         variance: "fixed_small", "fixed_large", "learned" or "learned_range". With the last two the model
             has 2C output channels, the prediction first.
         solver: "ddpm" (ancestral), "ddim", "plms" (pseudo linear multistep), "dpmpp_2m" (DPM-Solver++ of second
-            order), or "euler", "heun" and "euler_ancestral" (Karras et al. 2022, k-diffusion's, at the schedule's
-            own noise levels). "ddpm", "euler_ancestral" and "ddim" with `eta` add noise. "heun" calls the model
-            twice a step, but for the last.
+            order), "euler", "heun" and "euler_ancestral" (Karras et al. 2022, k-diffusion's, at the schedule's own
+            noise levels or at "karras" ones), or "langevin". "ddpm", "euler_ancestral", "langevin" and "ddim" with
+            `eta` add noise. "heun" calls the model twice a step, but for the last. "langevin" is annealed Langevin
+            dynamics (Song, Ermon 2019): an update at each noise level, the last one x0 itself; `corrector_steps`
+            makes more.
         steps: how many of the schedule's T steps to make: None for all, an int, which chooses as the
-            `reference` does, or a string such as "10,10,5" or "ddim50" as :meth:`NoiseSchedule.respace` takes
-            them.
-        timesteps: the steps to make, as strictly descending numbers of `schedule`, instead of `steps`.
+            `reference` does, or a string such as "10,10,5", "ddim50" or "fast27" as
+            :meth:`NoiseSchedule.respace` takes them.
+        timesteps: the steps to make, as strictly descending numbers of `schedule`, instead of `steps`; or "karras",
+            for the solvers from "dpmpp_2m" on: `steps` levels between timesteps (:meth:`NoiseSchedule.karras`).
         eta: DDIM's noise, from 0 (none) to 1 (DDPM's).
         clip: the range that x0 is clipped to: ``(low, high)``, None, or "auto" for the `reference`'s own:
             (-1, 1), and None for "latent-diffusion" and "annotated".
@@ -92,8 +96,7 @@ class Sampler:
             - "lucidrains": the same to the bit, without a draw in the last step.
             - "latent-diffusion": CompVis'; no clip, DDIM's and PLMS' steps are one later, and end at the
               abar of timestep 0.
-            - "diffusers": its schedulers' float32 coefficients. "guided" with the same `timesteps` is the
-              more accurate one.
+            - "diffusers": its schedulers' float32 coefficients. :meth:`from_diffusers` has accurate ones too.
             - "annotated": the Hugging Face article's float32 tables; no clip, epsilon, "fixed_small", DDPM.
         time_input: what the model gets as t: "auto" the timestep's original number (int64), and for a schedule
             of :meth:`NoiseSchedule.log_snr` the log signal-to-noise ratio (float32); "scaled" the number times
@@ -109,9 +112,14 @@ class Sampler:
         temperature: a factor, at least 0, of the noise that the steps add. It is multiplied into sigma.
         cuda_graph: whether :meth:`sample` captures a step, model and all, in a CUDA graph and replays it, which gives
             the same images without the host's work. "auto" does where it can, that is on a CUDA device, with noise from
-            a seed, without hooks, callback, inpainting or self-conditioning, and with a solver whose steps are alike;
+            a seed, without hooks, callback, inpainting, corrector or self-conditioning, and with a solver whose steps are alike;
             a model that cannot be captured then runs without, and a warning says why. True makes that an error. A
             model whose Python code does other things from call to call needs False: a graph repeats what one call did.
+        corrector_steps: updates of Langevin dynamics before each step, at the noise level that it starts from, each
+            with a call of the model: predictor-corrector sampling (Song et al. 2021, algorithm 5, in the order of its
+            authors' code). Their noise is the stream "corrector", step i * corrector_steps and on.
+        corrector_snr: r, in (0, 1), of their size, and of "langevin": ``2 alpha r^2 (1 - abar)`` times the score,
+            see :func:`ddpm_fast.solvers.langevin_table`.
 
     A hook costs a kernel or more a step and self-conditioning a write of x0; without them a step is one
     kernel.
@@ -135,7 +143,7 @@ class Sampler:
         variance: str = "fixed_small",
         solver: str = "ddpm",
         steps: int | str | None = None,
-        timesteps: Iterable[int] | Tensor | None = None,
+        timesteps: Iterable[int] | Tensor | Literal["karras"] | None = None,
         eta: float = 0.0,
         clip: Literal["auto"] | tuple[float, float] | None = "auto",
         threshold: float | tuple[float, float] | None = None,
@@ -149,6 +157,8 @@ class Sampler:
         self_condition: bool | str = False,
         temperature: float = 1.0,
         cuda_graph: bool | Literal["auto"] = "auto",
+        corrector_steps: int = 0,
+        corrector_snr: float = 0.16,
     ) -> None:
         if not callable(model):
             raise TypeError(f"model must be callable as model(x, t), got {type(model).__name__}")
@@ -168,12 +178,13 @@ class Sampler:
         if guidance_scale is not None:
             parse_number("guidance_scale", guidance_scale)
         hooks = parse_hooks(guidance_rescale, guidance_scale, denoised_fn, cond_fn, cond_mode, solver, prediction)
+        updates = parse_corrector(corrector_steps, corrector_snr, solver, hooks)
         keyword = parse_self_condition(self_condition)
         noise_scale = parse_number("temperature", temperature, low=0.0)
         if cuda_graph not in ("auto", True, False):
             raise ValueError(f"cuda_graph must be 'auto', True or False, got {cuda_graph!r}")
         bounds, quantile = parse_clip(clip, mode.clip), parse_threshold(threshold)
-        positions = parse_steps(schedule, mode, steps, timesteps)
+        schedule, positions = parse_steps(schedule, mode, steps, timesteps, solver)
         edits_x0 = bounds is not None or quantile is not None or denoised_fn is not None
 
         self.model = model
@@ -199,6 +210,7 @@ class Sampler:
                 guidance_scale=1.0 if guidance_scale is None else float(guidance_scale),
                 edits_x0=edits_x0,
                 needs_x0=edits_x0 or keyword is not None or (cond_fn is not None and cond_mode == "score"),
+                corrector_snr=corrector_snr,
             )
         )
         if table.output_weight is not None and cond_fn is not None:
@@ -208,6 +220,18 @@ class Sampler:
         self._timestep_list: list[int] = self._table.timesteps.tolist()
         self._double_channels = variance in ("learned", "learned_range")
         self._step = Step(self._table, self._schedule, bounds, quantile, guidance_scale, hooks)
+        self._corrector: Step | None = None
+        if updates:
+            corrections = langevin_table(
+                self._schedule,
+                prediction=prediction,
+                variance=variance,
+                snr=corrector_snr,
+                guidance_scale=1.0 if guidance_scale is None else float(guidance_scale),
+                updates=updates,
+            )
+            corrections = _with_temperature(corrections, noise_scale)
+            self._corrector = Step(corrections, self._schedule, bounds, quantile, guidance_scale, hooks)
         self._finish: Callable[[Tensor], None] | None = None
 
     # ------------------------------------------------------------------ made from somebody else's object
@@ -268,7 +292,13 @@ class Sampler:
 
     @classmethod
     def from_diffusers(
-        cls, scheduler: Any, unet: Callable[..., Any], *, use_clipped_model_output: bool = False, **options: Any
+        cls,
+        scheduler: Any,
+        unet: Callable[..., Any],
+        *,
+        use_clipped_model_output: bool = False,
+        coefficients: Literal["float32", "float64"] = "float32",
+        **options: Any,
     ) -> Sampler:
         """As a pipeline of diffusers with a DDPMScheduler or a DDIMScheduler samples.
 
@@ -280,6 +310,7 @@ class Sampler:
             scheduler: the live object.
             unet: the network; its `.sample` is taken.
             use_clipped_model_output: as in `DDIMScheduler.step`.
+            coefficients: "float32", its own, for its results; "float64", the same formulas exactly, for better ones.
 
         Raises:
             ImportError: diffusers is not installed.
@@ -288,7 +319,7 @@ class Sampler:
         """
         from ddpm_fast.interop import diffusers
 
-        return cls(unet, **diffusers.arguments(scheduler, options, use_clipped_model_output))
+        return cls(unet, **diffusers.arguments(scheduler, options, use_clipped_model_output, coefficients))
 
     # ------------------------------------------------------------------ what it was made of
 
@@ -411,8 +442,8 @@ class Sampler:
                 DDIM), "after" each step, at the timestep that it was made from (latent-diffusion's DDPM), or
                 "repaint": after it, at the timestep that it leads to (Lugmayr et al. 2022). Its noise is one
                 more draw a step, before or after the step's own; from a seed, of the stream "corrector".
-            resample: with "repaint", how often each step is made; in between the state is noised back up, which
-                is one more draw.
+            resample: with "repaint", how often each step but the last is made; in between the state is noised
+                back up, which is one more draw.
             progress: show a progress bar.
             callback: called with a :class:`SamplerState` after each step; returning True ends the run.
             every: also collect the state after each `every`-th step.
@@ -547,10 +578,12 @@ class Sampler:
             TypeError, ValueError: an argument that is not as above, or a solver whose steps depend on the
                 ones before.
         """
-        if self._table.solver in _HISTORIES:
+        if self._table.solver in HISTORIES:
             raise ValueError(f"solver={self._table.solver!r} has a history, which step does not keep: use stream")
         if self._table.solver == "heun":
             raise ValueError("solver='heun' asks the network twice a step, which step does not: use stream")
+        if self._corrector is not None:
+            raise ValueError("corrector_steps asks the network more than once a step, which step does not: use stream")
         if isinstance(i, bool) or not isinstance(i, int):
             raise TypeError(f"i must be an int, got {type(i).__name__}")
         if not 0 <= i < self.steps:
@@ -631,19 +664,25 @@ class Sampler:
                 check_state(name, state, size, device)
         mask, known, blend, resample = inpainting
         mask = parse_inpainting(mask, known, blend, resample, size, device)
-        if resample > 1 and self._table.solver in _HISTORIES:
+        if resample > 1 and self._table.solver in HISTORIES:
             raise ValueError(f"solver={self._table.solver!r} has a history and cannot make a step again: resample=1")
+        if resample > 1 and self._corrector is not None:
+            raise ValueError("corrector_steps draws once for each step, which is not made again: resample=1")
+        if blend == "repaint" and self._table.solver == "langevin":
+            raise ValueError("blend='repaint' follows a step to the next level, where solver='langevin' does not lead")
         paint = None
         if mask is not None and known is not None:
             paint = Inpainting(mask, known, blend, resample, self._full, self._positions)
+        corrections = 0 if self._corrector is None else self._corrector.table.steps
         source: NoiseSource
         if generator is not None:
             source = GeneratorNoise(generator, self._table.draws, size, device)
         elif noise is not None:
             extras = 0 if paint is None else paint.extras(self._table.draws, self._step.stochastic)
+            extras += corrections
             source = GivenNoise(noise, self._timestep_list, self._table.draws, extras, size, seed, sample_ids, device)
         else:
-            source = SeededNoise(seed, sample_ids, size[0], device)
+            source = SeededNoise(seed, sample_ids, size[0], device, corrections)
         with torch.no_grad():
             if out is None:
                 order = preferred_layout(self.model, len(size)) if x_T is None else layout(x_T)
@@ -665,7 +704,7 @@ class Sampler:
                 uncond_kwargs,
                 self._self_condition,
             )
-        return Run(self._step, out, network, source, self._timestep_list, paint)
+        return Run(self._step, out, network, source, self._timestep_list, paint, self._corrector)
 
 
 def _with_temperature(table: CoefficientTable, temperature: float) -> CoefficientTable:

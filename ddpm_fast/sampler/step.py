@@ -255,13 +255,14 @@ class Step:
             table, schedule = self.table, self.schedule
             numbers = torch.arange(table.steps, dtype=torch.int64, device=device)
             score = variance = nothing = torch.empty(0, device=device)
+            updates = table.steps // schedule.timesteps  # rows of a timestep
             if self.hooks.cond_fn is not None:
                 columns = [
                     schedule.sqrt_recip_alphas_cumprod.float(),
                     schedule.sqrt_recipm1_alphas_cumprod.float(),
                     (1.0 - schedule.alphas_cumprod.float()).double().sqrt().float(),
                 ]
-                score = torch.stack(columns, dim=1).flip(0).to(device)
+                score = torch.stack(columns, dim=1).flip(0).repeat_interleave(updates, 0).to(device)
                 variance = _step_variance(table, schedule).float().flip(0).to(device)
             weight = table.output_weight
             found = _DeviceTable(

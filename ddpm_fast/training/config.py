@@ -8,9 +8,13 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from ..nn import UNetConfig
+from ..solvers import PREDICTIONS, VARIANCES
 from .datasets import DATASETS
-from .loss import LOSSES, PREDICTIONS
+from .loss import LOSSES
+from .timesteps import TIMESTEP_SAMPLERS
+from .weighting import WEIGHTINGS
 
+PRECISIONS = ("float32", "bfloat16")
 LR_DECAYS = ("constant", "linear", "cosine")
 
 
@@ -24,9 +28,16 @@ class TrainConfig:
         image_size: side in pixels, for "folder" only.
         unet: the network.
         schedule, timesteps: a name that :meth:`NoiseSchedule.named` knows, and T.
-        prediction, loss: as for :func:`diffusion_loss`; prediction "epsilon", "x0" or "v".
+        prediction, loss, variance, weighting, offset_noise: as for :func:`diffusion_loss`; prediction "epsilon", "x0"
+            or "v", weighting a name or None. A learned variance needs a network with `learned_variance`. A network with
+            `self_condition` is trained so.
+        timestep_sampler: "uniform", or "loss_second_moment" (:class:`ddpm_fast.training.LossSecondMoment`).
         steps: optimiser steps of the whole run.
         batch_size: images a step.
+        accumulate: parts that a batch is cut into, one after the other through the network, to need less memory.
+        precision: "float32", or "bfloat16" for convolutions and matrix products (torch.autocast); weights, norms' sums
+            and losses are float32.
+        gradient_checkpointing: keep a block's input only, and compute the block again for its gradient.
         learning_rate, weight_decay: of AdamW.
         warmup_steps: the learning rate rises linearly over these.
         lr_decay: what it does afterwards: "constant", or fall to 0 at `steps`, "linear" or "cosine".
@@ -47,8 +58,15 @@ class TrainConfig:
     timesteps: int = 1000
     prediction: str = "epsilon"
     loss: str = "mse"
+    variance: str = "fixed_small"
+    weighting: str | None = None
+    timestep_sampler: str = "uniform"
+    offset_noise: float = 0.0
     steps: int = 10000
     batch_size: int = 64
+    accumulate: int = 1
+    precision: str = "float32"
+    gradient_checkpointing: bool = False
     learning_rate: float = 4e-4
     weight_decay: float = 0.0
     warmup_steps: int = 100
@@ -61,25 +79,45 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, choices in (
             ("dataset", DATASETS),
-            ("loss", tuple(LOSSES)),
+            ("loss", LOSSES),
             ("prediction", tuple(p for p in PREDICTIONS if p != "x_prev")),
+            ("variance", VARIANCES),
+            ("weighting", (None, *WEIGHTINGS)),
+            ("timestep_sampler", tuple(TIMESTEP_SAMPLERS)),
+            ("precision", PRECISIONS),
             ("lr_decay", LR_DECAYS),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        for name, smallest in (("timesteps", 1), ("steps", 1), ("batch_size", 1), ("warmup_steps", 0), ("seed", 0)):
+        for name, smallest in (
+            ("timesteps", 1),
+            ("steps", 1),
+            ("batch_size", 1),
+            ("accumulate", 1),
+            ("warmup_steps", 0),
+            ("seed", 0),
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
                 raise ValueError(f"{name} must be an integer of at least {smallest}, got {value!r}")
         for name in ("learning_rate", "gradient_clip"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay!r}")
+        for name in ("weight_decay", "offset_noise"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)!r}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate must divide batch_size {self.batch_size}, got {self.accumulate}")
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay!r}")
-        if self.unet.output_channels != self.unet.in_channels:
-            raise ValueError("training needs a network with as many output as input channels (no learned variance)")
+        learned = self.variance in ("learned", "learned_range")
+        if self.unet.output_channels != self.unet.in_channels * (2 if learned else 1):
+            raise ValueError(
+                f"variance={self.variance!r} needs a network with {'twice ' if learned else ''}as many output as input "
+                f"channels, got {self.unet.output_channels} and {self.unet.in_channels}"
+            )
+        if self.loss == "hybrid" and not learned:
+            raise ValueError(f"loss='hybrid' trains a learned variance, got variance={self.variance!r}")
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of optimiser step number `step`, counted from 0."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 import struct
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 DATASETS = ("digits", "fashion-mnist", "folder")
+UNREADABLE = ("stop", "skip")
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -33,6 +35,7 @@ def load_dataset(
     split: str = "train",
     image_size: int | None = None,
     channels: int = 3,
+    unreadable: str = "stop",
 ) -> ImageData:
     """Load one of the data sets by name.
 
@@ -41,6 +44,7 @@ def load_dataset(
         folder: where the files are; not for digits.
         split: "train" or "test"; only fashion-mnist has a "test".
         image_size, channels: only for "folder": side in pixels, and 1 (gray) or 3 (RGB).
+        unreadable: only for "folder": "stop" at a file that is no image, or "skip" it with a warning that names it.
 
     Raises:
         ValueError: an unknown name or split, an argument that is missing or does not apply, or damaged files.
@@ -64,7 +68,7 @@ def load_dataset(
         return load_fashion_mnist(folder, split=split)
     if image_size is None:
         raise ValueError("the data set 'folder' needs image_size")
-    return ImageData(load_image_folder(folder, image_size=image_size, channels=channels), None)
+    return ImageData(load_image_folder(folder, image_size=image_size, channels=channels, unreadable=unreadable), None)
 
 
 def load_digits() -> ImageData:
@@ -128,16 +132,19 @@ def read_idx(path: str | Path) -> Tensor:
     return torch.frombuffer(bytearray(data[header:]), dtype=torch.uint8).reshape(shape)
 
 
-def load_image_folder(folder: str | Path, *, image_size: int, channels: int = 3) -> Tensor:
+def load_image_folder(folder: str | Path, *, image_size: int, channels: int = 3, unreadable: str = "stop") -> Tensor:
     """All image files below a folder, in the order of their names, as ``(N, channels, image_size, image_size)``.
 
     The shorter side is resized to `image_size`, then the middle square is cut out.
 
     Raises:
         FileNotFoundError: no such folder, or no image in it.
-        ValueError: wrong `image_size` or `channels`, or a file that is not the image its name promises.
+        ValueError: wrong `image_size`, `channels` or `unreadable`, or, with "stop", a file that is not the image its
+            name promises.
     """
     folder = Path(folder)
+    if unreadable not in UNREADABLE:
+        raise ValueError(f"unreadable must be one of {UNREADABLE}, got {unreadable!r}")
     if image_size < 1:
         raise ValueError(f"image_size must be positive, got {image_size}")
     if channels not in (1, 3):
@@ -147,14 +154,36 @@ def load_image_folder(folder: str | Path, *, image_size: int, channels: int = 3)
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix.lower() in _IMAGE_SUFFIXES)
     if not paths:
         raise FileNotFoundError(f"no image ({', '.join(_IMAGE_SUFFIXES)}) below {folder}")
-    return torch.stack([_load_image(path, image_size, channels) for path in paths])
+    images, failures = [], []
+    for path in paths:
+        try:
+            images.append(_load_image(path, image_size, channels))
+        except ValueError as error:
+            if unreadable == "stop":
+                raise
+            failures.append(str(error))
+    if failures:
+        reasons = "\n  ".join(failures)
+        warnings.warn(f"{len(failures)} of {len(paths)} files are left out:\n  {reasons}", RuntimeWarning, stacklevel=2)
+    if not images:
+        raise FileNotFoundError(f"none of the {len(paths)} files below {folder} can be read")
+    return torch.stack(images)
 
 
 def _load_image(path: Path, size: int, channels: int) -> Tensor:
     try:
         with Image.open(path) as file:
             image = file.convert("L" if channels == 1 else "RGB")
-    except (OSError, Image.DecompressionBombError) as error:
+    except (
+        OSError,
+        EOFError,
+        SyntaxError,
+        ValueError,
+        struct.error,
+        zlib.error,
+        Image.DecompressionBombError,
+    ) as error:
+        # All of these come out of Pillow's decoders for files that are damaged in one way or another.
         raise ValueError(f"{path}: cannot read this image: {error}") from error
     factor = size / min(image.size)
     width, height = (max(size, round(side * factor)) for side in image.size)

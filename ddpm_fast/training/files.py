@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -18,19 +19,35 @@ VERSION = 1
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it: a reader sees the old file or the new."""
+    """Let `write` fill a temporary file beside `path`, then rename it: a reader sees the old file or the new.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk; the old file stays, and what there was of the new one goes.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        raise
 
 
 def write_tensors(path: str | Path, kind: str, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
     """Write tensors and a JSON-serialisable header; `kind` says what the file is for."""
     metadata = {"format": FORMAT, "version": str(VERSION), "kind": kind, "header": json.dumps(header, sort_keys=True)}
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(Path(path), lambda temporary: save_file(plain, temporary, metadata))
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(plain, temporary, metadata)
+        except SafetensorError as error:  # how it reports that the system could not write
+            raise OSError(f"cannot write {path}: {error}") from error
+
+    write_atomically(Path(path), write)
 
 
 def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

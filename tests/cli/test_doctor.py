@@ -29,7 +29,7 @@ def test_a_sound_installation_passes(cli: Cli) -> None:
     rows = [line.split() for line in done.out.split("allowed\n")[1].splitlines()]
     assert all(row[-1] == "ok" for row in rows)
     for backend in df.available_backends():
-        for op in ("random", "noising", "denoise", "norm_act", "rms_norm_act"):
+        for op in ("random", "noising", "denoise", "target_loss", "bound", "norm_act", "rms_norm_act"):
             assert any(row[0] == op and backend in row for row in rows)
 
 
@@ -38,7 +38,13 @@ def off_by(amount: float, function: Callable[..., torch.Tensor]) -> Callable[...
 
 
 @pytest.mark.parametrize(
-    ("name", "test"), [("randn", "random"), ("denoise", "denoise learned"), ("group_norm_silu", "norm_act")]
+    ("name", "test"),
+    [
+        ("randn", "random"),
+        ("denoise", "denoise learned"),
+        ("group_norm_silu", "norm_act"),
+        ("target_loss", "target_loss"),
+    ],
 )
 def test_an_op_that_is_a_little_wrong_fails(cli: Cli, monkeypatch: pytest.MonkeyPatch, name: str, test: str) -> None:
     monkeypatch.setattr(doctor, name, off_by(1e-4, getattr(doctor, name)))

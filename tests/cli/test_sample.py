@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -84,6 +86,47 @@ def test_the_manifest_says_how_they_were_made(whole: Path, checkpoint: Path) -> 
     assert [(shard["first"], shard["count"]) for shard in manifest["shards"]] == [(0, 4), (4, 4), (8, 2)]
 
 
+def test_the_manifest_holds_the_checksums(whole: Path) -> None:
+    manifest = json.loads((whole / "manifest.json").read_text())
+    for shard in manifest["shards"]:
+        assert shard["sha256"] == [hashlib.sha256((whole / file).read_bytes()).hexdigest() for file in shard["files"]]
+
+
+def test_an_unfinished_run_keeps_checksums_that_sha256sum_checks(
+    cli: Cli, options: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    folder = tmp_path / "s"
+    assert cli("sample", *options, "--out", folder).status == 0
+    assert not any("sha256" in shard for shard in json.loads((folder / "manifest.json").read_text())["shards"])
+    records = [path.name for path in folder.glob(".*.sha256")]
+    assert sorted(records) == [".samples-00000.npy.sha256", ".samples-00008.npy.sha256"]
+    subprocess.run(["sha256sum", "--check", "--strict", *records], cwd=folder, check=True, capture_output=True)
+
+
+def test_a_shard_without_its_record_is_made_again(cli: Cli, options: list[object], whole: Path) -> None:
+    """As a worker leaves it that is killed between the two."""
+    before = contents(whole)
+    manifest = json.loads((whole / "manifest.json").read_text())
+    del manifest["shards"][1]["sha256"]
+    (whole / "manifest.json").write_text(json.dumps(manifest))
+    assert cli("sample", *options, "--out", whole).out == f"{whole}: 1 shards made, 2 were there already\n"
+    assert contents(whole) == before
+
+
+@pytest.mark.parametrize("size", [8, 12], ids=lambda size: f"shards-of-{size}")
+def test_the_size_of_the_shards_changes_no_bit(
+    cli: Cli, options: list[object], whole: Path, tmp_path: Path, size: int
+) -> None:
+    assert cli("sample", *options, "--shard-size", size, "--out", tmp_path / "s").status == 0
+    assert len(list((tmp_path / "s").glob("*.npy"))) == -(-10 // size)
+    assert samples(tmp_path / "s").tobytes() == samples(whole).tobytes()
+    done = cli("sample", *options, "--out", tmp_path / "s")
+    assert done.status == 2
+    assert f"shard_size {size} there, 4 now" in done.err
+
+
 def test_the_network_sees_one_batch_size(
     cli: Cli, options: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,18 +205,67 @@ def test_the_last_process_makes_the_grid(
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
+def finished(folder: Path) -> list[Path]:
+    """The shards that are on record."""
+    return [folder / path.name[1:].removesuffix(".sha256") for path in folder.glob(".*.sha256")]
+
+
+def workers(process: subprocess.Popen[str]) -> list[int]:
+    """The processes that torchrun has started."""
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def test_a_killed_worker_of_three_is_made_good_by_two(checkpoint: Path, cli: Cli, tmp_path: Path) -> None:
+    """torchrun ends the others when one is killed; the next run, of another size, finds what each has finished."""
+    options = ["-n", "60", "--micro-batch", "2", "--checkpoint", str(checkpoint), "--format", "npy"]
+    assert cli("sample", *options, "--threads", 1, "--out", tmp_path / "whole").status == 0
+    folder = tmp_path / "s"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = ["-m", "ddpm_fast", "sample", *options, "--out", str(folder)]
+    process = subprocess.Popen(
+        [*torchrun, "--nproc-per-node=3", *command],
+        env=environment(),
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list(folder.glob(".*.sha256")):
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.005)
+    os.kill(workers(process)[1], signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "SIGKILL" in err
+    there = {path: path.stat().st_mtime_ns for path in finished(folder)}
+    assert 0 < len(there) < 30
+    done = subprocess.run(
+        [*torchrun, "--nproc-per-node=2", *command],
+        env=environment(),
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    made = [int(number) for number in re.findall(r"(\d+) shards made", done.stdout)]
+    assert len(made) == 2
+    assert sum(made) == 30 - len(there)
+    assert {path: path.stat().st_mtime_ns for path in there} == there
+    assert contents(folder) == contents(tmp_path / "whole")
+
+
 def test_a_killed_run_is_taken_up_again(checkpoint: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ddpm_fast", "sample", "-n", "40", "--micro-batch", "2", "--threads", "1"]
     command += ["--checkpoint", str(checkpoint), "--format", "npy", "--out"]
     subprocess.run([*command, "whole"], env=environment(), cwd=tmp_path, check=True, capture_output=True)
     killed = tmp_path / "killed"
     process = subprocess.Popen([*command, "killed"], env=environment(), cwd=tmp_path)
-    while not list(killed.glob("*.npy")):
+    while not list(killed.glob(".*.sha256")):
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    there = {path: path.stat().st_mtime_ns for path in killed.glob("*.npy")}
+    there = {path: path.stat().st_mtime_ns for path in finished(killed)}
     assert 0 < len(there) < 20
     done = subprocess.run(
         [*command, "killed"], env=environment(), cwd=tmp_path, check=True, capture_output=True, text=True
@@ -194,7 +286,7 @@ def test_ctrl_c_ends_the_run_and_the_next_goes_on(checkpoint: Path, tmp_path: Pa
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err == "ddpm-fast: interrupted\n"
-    assert not list((tmp_path / "s").glob(".*"))
+    assert not list((tmp_path / "s").glob(".*.tmp"))
 
 
 def test_only_what_is_missing_or_damaged_is_made_again(cli: Cli, options: list[object], whole: Path) -> None:
@@ -202,7 +294,8 @@ def test_only_what_is_missing_or_damaged_is_made_again(cli: Cli, options: list[o
     assert cli("sample", *options, "--out", whole).out == f"{whole}: 0 shards made, 3 were there already\n"
     (whole / "samples-00004.npy").unlink()
     with open(whole / "samples-00008.npy", "r+b") as file:
-        file.truncate(200)
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x7f")
     untouched = (whole / "samples-00000.npy").stat().st_mtime_ns
     assert cli("sample", *options, "--out", whole).out == f"{whole}: 2 shards made, 1 were there already\n"
     assert contents(whole) == before
@@ -277,9 +370,11 @@ def test_png_files_and_the_grid_show_the_samples(cli: Cli, options: list[object]
         with Image.open(file) as image:
             assert image.mode == "L"
             assert np.array_equal(np.asarray(image), expected)
+    before = contents(tmp_path / "png")
     files[6].unlink()
-    assert cli("sample", *options, "--out", tmp_path / "png").out.endswith(": 1 shards made, 2 were there already\n")
-    assert files[6].exists()
+    files[1].write_bytes(files[1].read_bytes()[:-1])
+    assert cli("sample", *options, "--out", tmp_path / "png").out.endswith(": 2 shards made, 1 were there already\n")
+    assert contents(tmp_path / "png") == before
 
     options[-1] = "grid"
     assert cli("sample", *options, "--out", tmp_path / "grid").status == 0
@@ -359,6 +454,8 @@ def test_the_images_size_has_to_be_known(cli: Cli, tmp_path: Path, checkpoint: P
         (["--solver", "ddim", "--eta", "2"], "eta must lie in [0, 1]"),
         (["--checkpoint", "missing.safetensors"], "missing.safetensors"),
         (["--out", __file__], "File exists"),
+        (["--shard-size", "6"], "--shard-size must be a multiple of --micro-batch 4, got 6"),
+        (["--device", "tpu"], "--device must be cpu or cuda, got 'tpu'"),
     ],
     ids=lambda value: " ".join(Path(v).name for v in value) if isinstance(value, list) else "",
 )
@@ -370,6 +467,20 @@ def test_wrong_input_is_one_line_and_status_2(
     assert message in done.err
     assert done.err.count("\n") == 1
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "message"), [(0, "this torch sees no GPU"), (1, "process 1 of this machine has no GPU: it has 1")]
+)
+def test_a_gpu_that_is_not_there_is_refused(
+    cli: Cli, options: list[object], monkeypatch: pytest.MonkeyPatch, gpus: int, message: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    done = cli("sample", *options, "--device", "cuda")
+    assert done.status == 2
+    assert message in done.err
 
 
 def test_a_truncated_checkpoint_is_refused(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:

@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from ddpm_fast.cli.evaluate import read_samples
+from ddpm_fast.cli.network import open_network
 from ddpm_fast.cli.train import configuration
+from ddpm_fast.sampler import Sampler
 from ddpm_fast.training import TrainConfig, load_checkpoint, trainer
 
 from .conftest import Outcome
@@ -43,16 +46,34 @@ def test_a_run_leaves_a_checkpoint_that_sample_takes(cli: Cli, tmp_path: Path) -
     assert (tmp_path / "s" / "grid.png").is_file()
 
 
+def test_a_learned_variance_and_self_conditioning_reach_the_samples(cli: Cli, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = ["--variance", "learned_range", "--loss", "hybrid", "--self-condition"]
+    assert cli("train", *SMALL, "--steps", 2, *options, "--out", run).status == 0
+    network = open_network(run / "model.safetensors")
+    assert (network.variance, network.model.config.self_condition) == ("learned_range", True)
+    arguments = ["-n", 2, "--steps", 3, "--checkpoint", run / "model.safetensors", "--out", tmp_path / "s"]
+    assert cli("sample", *arguments, "--format", "npy", "--micro-batch", 2).status == 0
+    sampler = Sampler(network.model.eval(), network.schedule, steps=3, variance="learned_range", self_condition=True)
+    torch.testing.assert_close(read_samples(tmp_path / "s"), sampler.sample((2, 1, 8, 8)), rtol=1e-4, atol=1e-4)
+    refused = cli("demo", "--checkpoint", run / "model.safetensors", "--steps", 2, "--out", tmp_path / "d")
+    assert refused.status == 2
+    bound = cli(
+        "eval", "--dataset", "digits", "--bpd", "-n", 3, "--steps", 4, "--checkpoint", run / "model.safetensors"
+    )
+    assert bound.status == 0
+
+
 def test_an_interrupted_run_goes_on_to_the_same_weights(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert cli("train", *SMALL, "--steps", 6, "--out", tmp_path / "whole").status == 0
     advance = trainer._Run.advance
 
-    def interrupted(run: trainer._Run) -> float:
+    def interrupted(run: trainer._Run, skip: bool) -> float:
         if run.step == 3:
             raise KeyboardInterrupt
-        return advance(run)
+        return advance(run, skip)
 
     monkeypatch.setattr(trainer._Run, "advance", interrupted)
     done = cli("train", *SMALL, "--steps", 6, "--out", tmp_path / "cut")
@@ -93,17 +114,28 @@ def test_options_reach_the_trainer(cli: Cli, settings: list[Any], tmp_path: Path
         "--timesteps": (123, "timesteps"),
         "--prediction": ("v", "prediction"),
         "--loss": ("huber", "loss"),
+        "--variance": ("learned_range", "variance"),
+        "--weighting": ("min_snr", "weighting"),
+        "--timestep-sampler": ("loss_second_moment", "timestep_sampler"),
+        "--offset-noise": (0.125, "offset_noise"),
+        "--precision": ("bfloat16", "precision"),
+        "--accumulate": (5, "accumulate"),
         "--seed": (6, "seed"),
     }
     arguments = [part for name, (value, _) in options.items() for part in (name, value)]
     network = ["--base-channels", 24, "--channel-mult", "1,3", "--dropout", 0.125]
     attention = ["--dataset", "digits"]
-    cli("train", *attention, *arguments, *network, "--flip", "--resume", "--checkpoint-every", 11, "--out", tmp_path)
+    switches = ["--flip", "--resume", "--self-condition", "--gradient-checkpointing", "--skip-unreadable"]
+    handling = ["--checkpoint-every", 11, "--on-nan", "skip"]
+    cli("train", *attention, *arguments, *network, *switches, *handling, "--out", tmp_path)
     ((config, output, given),) = settings
     assert {field: getattr(config, field) for _, field in options.values()} == {
         field: value for value, field in options.values()
     }
     assert config.flip
+    assert config.gradient_checkpointing
+    assert (config.unet.self_condition, config.unet.learned_variance) == (True, True)
+    assert (given["on_nan"], given["unreadable"]) == ("skip", "skip")
     assert config.dataset == "digits"
     assert (config.unet.base_channels, config.unet.channel_mult, config.unet.dropout) == (24, (1, 3), 0.125)
     assert output == tmp_path
@@ -129,6 +161,12 @@ def test_every_data_set_has_a_network_that_suits_it(dataset: str) -> None:
         (["--dataset", "folder", "--data", "."], "needs image_size"),
         (["--dataset", "digits", "--data", "."], "takes no folder"),
         (["--dataset", "digits", "--loss", "l3"], "loss must be one of"),
+        (["--dataset", "digits", "--loss", "hybrid"], "loss='hybrid' trains a learned variance"),
+        (["--dataset", "digits", "--weighting", "snr"], "weighting must be one of"),
+        (["--dataset", "digits", "--timestep-sampler", "even"], "timestep_sampler must be one of"),
+        (["--dataset", "digits", "--precision", "half"], "precision must be one of"),
+        (["--dataset", "digits", "--accumulate", 3], "accumulate must divide batch_size 64"),
+        (["--dataset", "digits", "--on-nan", "go"], "on_nan must be one of"),
         (["--dataset", "digits", "--prediction", "x_prev"], "prediction must be one of"),
         (["--dataset", "digits", "--schedule", "flat"], "flat"),
         (["--dataset", "digits", "--channel-mult", "1,two"], "--channel-mult must be integers"),

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from ddpm_fast.evaluation import Classifier, evaluate, to_uint8, train_classifier
+from ddpm_fast.cli.network import SHIPPED
+from ddpm_fast.evaluation import (
+    Classifier,
+    evaluate,
+    frechet_distance,
+    load_classifier,
+    save_classifier,
+    to_uint8,
+    train_classifier,
+)
+from ddpm_fast.evaluation import classifier as classifier_module
 from ddpm_fast.evaluation.classifier import features_and_probabilities
 from ddpm_fast.training import ImageData, load_dataset
+from ddpm_fast.training.files import write_tensors
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +47,8 @@ def test_ranks_real_images_before_damaged_ones_before_noise(
     damage = torch.randint(0, 130, test.images.shape, generator=generator).to(torch.uint8)
     damaged = evaluate(test.images // 2 + damage, train, test, classifier=classifier)
     assert report.samples.frechet < 0.5 * damaged.samples.frechet < 0.5 * damaged.noise.frechet
+    assert report.samples.precision > 0.5 > damaged.samples.precision
+    assert report.samples.recall > 0.5 > damaged.samples.recall
     assert damaged.samples.entropy > damaged.test.entropy
     assert damaged.samples.confidence < damaged.test.confidence
 
@@ -53,6 +67,62 @@ def test_reports_are_consistent(digits: tuple[ImageData, ImageData], classifier:
     assert report.samples.entropy == pytest.approx(entropy)
     assert json.loads(json.dumps(report.to_dict()))["accuracy"] == report.accuracy
     assert "real test" in str(report)
+    # Images that are in the training set lie in its manifold.
+    assert report.samples.precision > 0.9
+
+
+def test_precision_and_recall_are_beside_images_of_all_classes(
+    digits: tuple[ImageData, ImageData], classifier: Classifier
+) -> None:
+    """Training images in the order of their labels, of which one class was drawn."""
+    train, test = digits
+    assert train.labels is not None
+    order = train.labels.argsort()
+    ordered = ImageData(train.images[order], train.labels[order])
+    scores = evaluate(train.images[train.labels == 0], ordered, test, classifier=classifier).samples
+    assert scores.precision > 0.9
+    assert scores.recall < 0.2
+
+
+def test_inception_takes_the_classifiers_place(digits: tuple[ImageData, ImageData], classifier: Classifier) -> None:
+    train, test = digits
+
+    def pixels(images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1).double()
+
+    report = evaluate(test.images[:100], train, test, classifier=classifier, inception=pixels)
+    assert report.features == "Inception"
+    assert report.samples.frechet == frechet_distance(pixels(test.images[:100]), pixels(train.images))
+    own = evaluate(test.images[:100], train, test, classifier=classifier)
+    assert own.features == "the classifier"
+    assert own.samples.confidence == report.samples.confidence
+
+
+def test_a_classifier_is_saved_and_loaded(tmp_path: Path, classifier: Classifier) -> None:
+    path = tmp_path / "classifier.safetensors"
+    save_classifier(path, classifier)
+    loaded = load_classifier(path)
+    for name, weight in classifier.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight.half().float())
+    assert not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        load_classifier(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="holds a 'model' checkpoint, 'classifier' is needed"):
+        load_classifier(SHIPPED)
+    write_tensors(path, "classifier", {}, {"channels": 1})
+    with pytest.raises(ValueError, match="no valid shape of a classifier"):
+        load_classifier(path)
+    damaged = train_classifier(ImageData(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1])), epochs=1)
+    damaged.out.weight[0, 0] = 1e6
+    with pytest.raises(ValueError, match=r"weight out\.weight is not finite in torch\.float16"):
+        save_classifier(path, damaged)
+
+
+def test_the_shipped_classifier() -> None:
+    model = load_classifier()
+    assert model.shape == {"channels": 1, "size": [28, 28], "classes": 10}
+    assert classifier_module.SHIPPED.stat().st_size < 1_000_000
 
 
 def test_seed_decides(digits: tuple[ImageData, ImageData]) -> None:
@@ -80,8 +150,8 @@ def test_rejects(digits: tuple[ImageData, ImageData], classifier: Classifier) ->
         evaluate(test.images.float(), train, test, classifier=classifier)
     with pytest.raises(ValueError, match="samples must be uint8"):
         evaluate(test.images[..., :4], train, test, classifier=classifier)
-    with pytest.raises(ValueError, match="at least 2 images"):
-        evaluate(test.images[:1], train, test, classifier=classifier)
+    with pytest.raises(ValueError, match="at least 4 images, got 3"):
+        evaluate(test.images[:3], train, test, classifier=classifier)
     with pytest.raises(ValueError, match="need labels"):
         evaluate(test.images, train, ImageData(test.images, None), classifier=classifier)
     with pytest.raises(ValueError, match="needs labels"):

@@ -1,4 +1,4 @@
-"""The module around the 3x3 convolution, and the U-Net with it: bits where gradients are needed, errors where not."""
+"""The module around the 3x3 convolution, and the U-Net with it: its results, its gradients and their errors."""
 
 from __future__ import annotations
 
@@ -47,16 +47,25 @@ def test_without_gradients_it_is_the_fused_op() -> None:
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
 
 
-def test_with_gradients_it_is_torchs_bit_for_bit() -> None:
+def test_with_gradients_it_is_the_same_op() -> None:
     ours, theirs, x = pair()
-    gradients = []
-    for module in (ours, theirs):
-        y = module(x)
-        y.square().sum().backward()
-        assert module.weight.grad is not None
-        gradients.append((y, module.weight.grad))
-    assert torch.equal(gradients[0][0], gradients[1][0])
-    assert torch.equal(gradients[0][1], gradients[1][1])
+    x.requires_grad_()
+    y = ours(x)
+    with torch.no_grad():
+        assert torch.equal(ours(x), y)
+    gradients = [torch.autograd.grad(module(x).square().sum(), [x, *module.parameters()]) for module in (ours, theirs)]
+    for got, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)  # sums of 360 numbers around 1
+    assert not torch.equal(gradients[0][0], gradients[1][0])
+
+
+def test_a_contiguous_network_trains_on_torchs_convolution() -> None:
+    ours, theirs, x = pair()
+    gradients = [
+        torch.autograd.grad(module(x.contiguous()).square().sum(), list(module.parameters()))
+        for module in (ours, theirs)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_a_gradient_of_the_residual_alone_is_not_lost() -> None:
@@ -142,16 +151,22 @@ def test_a_samples_bits_do_not_depend_on_the_convolutions_batch() -> None:
     assert torch.equal(conv(x)[3:4], conv(x[3:4]))
 
 
-def test_training_is_bit_for_bit_what_it_is_with_torchs_convolutions() -> None:
+def test_the_gradients_errors_are_at_most_torchs() -> None:
+    """Of all parameters together: in single layers one or the other may be ahead."""
     model = unet().train()
     plain = copy.deepcopy(model)
     plain.set_conv_mode("torch")
-    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 500])
-    for module in (model, plain):
+    exact = copy.deepcopy(plain).double()
+    x, t = torch.randn(4, 1, 16, 16), torch.tensor([3, 500, 700, 999])
+    for module in (model, plain, exact):
         module(x, t).square().mean().backward()
-    for (name, a), (_, b) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
-        assert a.grad is not None, name
-        assert torch.equal(a.grad, b.grad), name
+
+    def error(module: UNet) -> float:
+        pairs = zip(module.parameters(), exact.parameters(), strict=True)
+        return sum(float(((a.grad.double() - b.grad) / b.grad.abs().max()).square().sum()) for a, b in pairs) ** 0.5
+
+    assert not torch.equal(model.conv_in.weight.grad, plain.conv_in.weight.grad)
+    assert error(model) <= error(plain)
 
 
 def test_every_3x3_convolution_of_stride_1_is_the_module() -> None:

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from torch import Tensor
 
 from ddpm_fast.nn import GroupNormSiLU, UNet, UNetConfig, timestep_embedding
 from ddpm_fast.nn.blocks import SelfAttention
@@ -192,3 +193,36 @@ def test_timestep_embedding() -> None:
         timestep_embedding(t, 7)
     with pytest.raises(ValueError, match="shape"):
         timestep_embedding(t[:, None], 8)
+
+
+def test_self_conditioning_takes_a_second_image() -> None:
+    model = build(self_condition=True)
+    x, t, last = torch.randn(2, 1, 8, 8), torch.tensor([1, 2]), torch.randn(2, 1, 8, 8)
+    assert torch.equal(model(x, t), model(x, t, x_self_cond=torch.zeros_like(x)))
+    assert not torch.equal(model(x, t), model(x, t, x_self_cond=last))
+    with pytest.raises(ValueError, match="x_self_cond must have x's shape"):
+        model(x, t, x_self_cond=last[:1])
+    with pytest.raises(ValueError, match="x_self_cond"):
+        build()(x, t, x_self_cond=last)
+
+
+def test_checkpointed_blocks_keep_less_and_give_the_same_gradients() -> None:
+    x, t = torch.randn(2, 1, 16, 16), torch.tensor([1, 2])
+    kept, gradients = [], []
+    for again in (False, True):
+        model = build(dropout=0.3).requires_grad_(True).train()
+        model.set_gradient_checkpointing(again)
+        sizes: dict[int, Tensor] = {}
+
+        def keep(tensor: Tensor, sizes: dict[int, Tensor] = sizes) -> Tensor:
+            sizes[tensor.data_ptr()] = tensor
+            return tensor
+
+        torch.manual_seed(5)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(x, t).square().mean()
+        kept.append(sum(tensor.numel() for tensor in sizes.values()))
+        gradients.append(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
+    assert kept[1] < 0.5 * kept[0]
+    for a, b in zip(*gradients, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)

@@ -213,10 +213,17 @@ def test_a_prepared_weight_gives_the_same_bits_and_is_packed_once() -> None:
     assert prepared.packed() is prepared.packed()
 
 
+def fused_step(parameter: torch.nn.Parameter, gradient: Tensor) -> None:
+    """It does not count in the parameter's version."""
+    parameter.grad = gradient
+    torch.optim.SGD([parameter], lr=1.0, fused=True).step()
+
+
 CHANGES: dict[str, Callable[[torch.nn.Parameter, Tensor], object]] = {
     "in place": lambda p, new: p.copy_(new),
     "lerp": lambda p, new: p.lerp_(new, 1.0),
     "foreach": lambda p, new: torch._foreach_copy_([p], [new]),
+    "fused optimizer": lambda p, new: fused_step(p, p - new),
     "other memory": lambda p, new: setattr(p, "data", new),
 }
 
@@ -231,7 +238,8 @@ def test_a_changed_weight_is_packed_again(change: str) -> None:
     old_result = conv3x3(x, prepared, bias)
     CHANGES[change](parameter, new)
     result = conv3x3(x, prepared, bias)
-    assert same_bits(result, conv3x3(x, new, bias))
+    torch.testing.assert_close(parameter.detach(), new)
+    assert same_bits(result, conv3x3(x, parameter.clone(), bias))
     assert not torch.equal(result, old_result)
 
 
@@ -242,7 +250,6 @@ def test_plans_say_why() -> None:
         return plan.reason
 
     assert "mode" in reason(64, 64, 8, 8, mode="torch")
-    assert "gradient" in reason(64, 64, 8, 8, gradient=True)
     assert "stride" in reason(64, 64, 8, 8, stride=2)
     assert "float16" in reason(64, 64, 8, 8, dtype=torch.float16)
     assert "cuda" in reason(64, 64, 8, 8, device="cuda")
@@ -261,6 +268,41 @@ def test_plans_choose_tiles_by_channels_and_size() -> None:
     assert plan_conv3x3(512, 256, 16, 16)[:2] == ((4, 4), 64)
     assert plan_conv3x3(24, 24, 28, 28, mode="fast")[:2] == ((4, 4), 128)
     assert plan_conv3x3(512, 256, 16, 16, mode="strict")[:2] == ((2, 2), 32)
+
+
+@pytest.mark.parametrize("needed", ["x", "weight", "bias", "residual", "all"])
+@pytest.mark.parametrize("shape", [(2, 24, 40, 9, 11), (3, 128, 64, 12, 12), (2, 3, 24, 8, 8)], ids=str)
+def test_gradients(backend: str, shape: tuple[int, int, int, int, int], needed: str) -> None:
+    """Against float64; three channels are torch's forward and backward, in the middle of it or not."""
+    given = dict(zip(("x", "weight", "bias", "residual"), layer(*shape), strict=True))
+    leaves = {n: v.clone().requires_grad_() if needed in (n, "all") else v for n, v in given.items()}
+    exact = {n: v.detach().double().requires_grad_(v.requires_grad) for n, v in leaves.items()}
+    upstream = torch.randn_like(given["residual"])
+    wanted = [n for n, v in leaves.items() if v.requires_grad]
+    got = torch.autograd.grad(conv3x3(**leaves), [leaves[n] for n in wanted], upstream)
+    y = exact["residual"] + torch.nn.functional.conv2d(exact["x"], exact["weight"], exact["bias"], padding=1)
+    expected = torch.autograd.grad(y, [exact[n] for n in wanted], upstream.double())
+    for a, b in zip(got, expected, strict=True):
+        assert float((a.double() - b).square().mean().sqrt()) <= 1e-6 * float(b.square().mean().sqrt()) + 1e-12
+
+
+def test_the_gradient_of_x_rounds_at_most_as_torchs() -> None:
+    for channels, outputs, side in ((24, 24, 28), (48, 24, 28), (96, 96, 7), (128, 128, 16)):
+        x, weight, _, residual = layer(4, channels, outputs, side, side)
+        upstream = torch.randn_like(residual)
+        exact = torch.nn.grad.conv2d_input(x.shape, weight.double(), upstream.double(), padding=1)
+        leaf = x.clone().requires_grad_()
+        (ours,) = torch.autograd.grad(conv3x3(leaf, weight), leaf, upstream)
+        (torchs,) = torch.autograd.grad(torch.nn.functional.conv2d(leaf, weight, padding=1), leaf, upstream)
+        ours_error, torchs_error = ((g.double() - exact).square().mean().sqrt() for g in (ours, torchs))
+        assert ours_error <= torchs_error, (channels, outputs, side)
+
+
+def test_no_second_derivative() -> None:
+    x, weight, _, _ = layer(1, 24, 24, 5, 5)
+    x.requires_grad_()
+    with pytest.raises(RuntimeError, match="conv3x3 has no second derivative"):
+        torch.autograd.grad(conv3x3(x, weight).sum(), x, create_graph=True)
 
 
 def test_opcheck(backend: str) -> None:
@@ -290,7 +332,11 @@ X, WEIGHT, BIAS, RESIDUAL = layer(2, 20, 24, 6, 5)
         (ValueError, "out must be torch.float32 of shape", {"out": X}),
         (ValueError, "out must be channels_last", {"out": torch.empty(2, 24, 6, 5)}),
         (ValueError, "mode must be one of", {"mode": "winograd"}),
-        (RuntimeError, "no gradient", {"bias": BIAS.clone().requires_grad_()}),
+        (
+            RuntimeError,
+            "out= is for calls without gradients",
+            {"bias": BIAS.clone().requires_grad_(), "out": torch.empty_like(RESIDUAL)},
+        ),
     ],
     ids=lambda v: "-".join(v) if isinstance(v, dict) else None,
 )

@@ -46,6 +46,15 @@ def test_x_t_is_the_papers_and_has_the_references_bits(
     assert same_bits(df.q_sample(x0, t, SCHEDULE, noise=noise)[0], x_t)
 
 
+@pytest.mark.parametrize("grad", [False, True], ids=["plain", "grad"])
+@pytest.mark.parametrize("stream", ["training", "augmentation"])
+def test_the_stream_is_that_of_randn(backend: str, stream: str, grad: bool) -> None:
+    x0, t = images((2, 3, 8, 8)).requires_grad_(grad), torch.tensor([5, 600])
+    x_t, noise = df.q_sample(x0, t, SCHEDULE, seed=5, step=7, stream=stream)
+    assert same_bits(noise, df.randn((2, 3, 8, 8), seed=5, step=7, stream=stream))
+    assert same_bits(x_t.detach(), df.q_sample(x0.detach(), t, SCHEDULE, noise=noise)[0])
+
+
 def test_every_byte_becomes_the_float_it_should(backend: str) -> None:
     levels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
     t = torch.zeros(1, dtype=torch.int64)
@@ -177,6 +186,7 @@ def test_compiles_into_one_graph(backend: str) -> None:
         ({"seed": -1}, "seed must lie in"),
         ({"seed": 1, "sample_ids": [1]}, "sample_ids"),
         ({"seed": 1, "step": -1}, "step"),
+        ({"stream": "other"}, "stream must be one of"),
     ],
 )
 def test_bad_input_is_named(change: dict[str, object], match: str) -> None:

@@ -50,6 +50,13 @@ class LatentDiffusion(nn.Module):
     def apply_model(self, x: Tensor, t: Tensor, cond: Any) -> Tensor:
         return self.model(x, t, y=cond)
 
+    def q_sample(self, x0: Tensor, t: Tensor) -> Tensor:
+        signal, deviation = (
+            table.gather(-1, t).reshape(-1, 1, 1, 1)
+            for table in (self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod)
+        )
+        return signal * x0 + deviation * torch.randn_like(x0)
+
     def p_sample_loop(
         self, cond: Any, shape: tuple[int, ...], x_T: Tensor | None = None, temperature: float = 1.0
     ) -> Tensor:
@@ -99,6 +106,12 @@ class _Implicit:
         without, with_condition = pair.chunk(2)
         return without + scale * (with_condition - without)
 
+    def blended(self, x: Tensor, t: Tensor, mask: Tensor | None, x0: Tensor | None) -> Tensor:
+        """The state with what is known of it: the mask is 1 there."""
+        if mask is None or x0 is None:
+            return x
+        return self.ldm.q_sample(x0, t) * mask + (1.0 - mask) * x
+
     def step(self, x: Tensor, e: Tensor, index: int, temperature: float) -> Tensor:
         def full(value: float) -> Tensor:
             return torch.full((len(x), 1, 1, 1), float(value))
@@ -118,22 +131,34 @@ class DDIMSampler(_Implicit):
         uncond: Any = None,
         scale: float = 1.0,
         temperature: float = 1.0,
+        mask: Tensor | None = None,
+        x0: Tensor | None = None,
     ) -> Tensor:
         x = torch.randn(shape)
         with torch.no_grad():
             for index in reversed(range(len(self.timesteps))):
                 t = torch.full((len(x),), int(self.timesteps[index]))
+                x = self.blended(x, t, mask, x0)
                 x = self.step(x, self.output(x, t, cond, uncond, scale), index, temperature)
         return x
 
 
 class PLMSSampler(_Implicit):
-    def sample(self, shape: tuple[int, ...], cond: Any, uncond: Any = None, scale: float = 1.0) -> Tensor:
+    def sample(
+        self,
+        shape: tuple[int, ...],
+        cond: Any,
+        uncond: Any = None,
+        scale: float = 1.0,
+        mask: Tensor | None = None,
+        x0: Tensor | None = None,
+    ) -> Tensor:
         x = torch.randn(shape)
         old: list[Tensor] = []
         with torch.no_grad():
             for index in reversed(range(len(self.timesteps))):
                 t = torch.full((len(x),), int(self.timesteps[index]))
+                x = self.blended(x, t, mask, x0)
                 e = self.output(x, t, cond, uncond, scale)
                 if not old:
                     ahead = self.step(x, e, index, 1.0)

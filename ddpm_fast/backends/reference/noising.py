@@ -38,3 +38,16 @@ def noising_random(
 ) -> None:
     normal(noise, seed, sample_ids, step, stream)
     noising(x0, t, coefficients, noise, out)
+
+
+def noising_drawn(
+    x0: Tensor,
+    t: Tensor,
+    coefficients: Tensor,
+    seed: Tensor,
+    sample_ids: Tensor | None,
+    step: Tensor,
+    stream: int,
+    out: Tensor,
+) -> None:
+    noising_random(x0, t, coefficients, seed, sample_ids, step, stream, out, torch.empty_like(out))
