@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch.utils import cpp_extension
@@ -140,10 +141,11 @@ def build(architectures: tuple[int, ...] = ARCHITECTURES) -> Path:
 class CudaLibrary:
     """The loaded library. There is one in a process, since it registers operators with torch."""
 
+    modules: ClassVar[dict[tuple[int, str], Module]] = {}  # by architecture and kernel
+
     def __init__(self) -> None:
         self._folder = build()
         self._library = ctypes.CDLL(str(self._folder / "library.so"))
-        self._modules: dict[tuple[int, str], Module] = {}
         self._callback: object = None
 
     def configure(self, device: Device, on_launch: LaunchCallback) -> None:
@@ -159,13 +161,13 @@ class CudaLibrary:
     def module(self, architecture: int, kernel: str) -> Module:
         """The translated module that has a kernel, and no other kernel of its file."""
         key = architecture, kernel
-        if key not in self._modules:
+        if key not in self.modules:
             (text,) = [t for t in self.ptx(architecture).values() if re.search(rf"\.entry\s+{re.escape(kernel)}\b", t)]
             module = Module(text, only=f"^{re.escape(kernel)}$")
             if module.unsupported:
                 raise NotImplementedError(f"{kernel}: {module.unsupported}")
-            self._modules[key] = module
-        return self._modules[key]
+            self.modules[key] = module
+        return self.modules[key]
 
 
 def cubin(source: str, architecture: int) -> Path:

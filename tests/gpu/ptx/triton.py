@@ -16,7 +16,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from .module import Module
 
-_modules: dict[tuple[Any, ...], tuple[Any, Module]] = {}
+MODULES: dict[tuple[Any, ...], tuple[Any, Module]] = {}
 
 
 def gpu_target(target: int | str) -> GPUTarget:
@@ -93,13 +93,13 @@ def run(
     """
     call = Specialised(kernel, target, args, keywords)
     key = (*call.key, check, opt)
-    if key not in _modules:
+    if key not in MODULES:
         compiled = call.compile()
         module = Module(compiled.asm["ptx"], check=check, opt=opt)
         if module.unsupported:
             raise NotImplementedError(f"{kernel.__name__}: {module.unsupported}")
-        _modules[key] = compiled, module
-    compiled, module = _modules[key]
+        MODULES[key] = compiled, module
+    compiled, module = MODULES[key]
     ((name, entry),) = module.kernels.items()
     if compiled.metadata.global_scratch_size or compiled.metadata.profile_scratch_size:
         raise NotImplementedError(f"{kernel.__name__} needs scratch memory")
