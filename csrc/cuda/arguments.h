@@ -26,12 +26,14 @@ struct Target {
   DDPM_FAST_BOTH int64_t size() const { return channels * pixels; }
 };
 
-// How a tensor that a kernel reads lies beside the target. Element e of a sample in the target's order is element
-// (e / inner, e % inner) of two dimensions with strides of their own; where the orders are one, inner is the size.
+// How a tensor that a kernel reads lies beside the target. Where it does not lie in the same order, element e of a sample
+// in the target's order is element (e / inner, e % inner) of two dimensions with strides of their own.
 struct View {
-  int64_t sample_stride = 0, inner = 1, outer_stride = 0, inner_stride = 0;
+  int64_t sample_stride = 0;
   Type type = kFloat32;
-  bool vector = false;  // every group of elements that a thread reads at once is one run of memory, and aligned
+  bool in_order = true;
+  bool vector = false;  // in order, and every group of elements that a thread reads at once is aligned
+  int64_t inner = 1, outer_stride = 0, inner_stride = 0;
 };
 
 // What a draw of noise depends on besides the place. It is read on the device, since a captured graph replays with

@@ -47,6 +47,7 @@ static __device__ void fill_tile(float* tile, const Tile& at, int64_t pixels, co
   const int blocks = (at.pixels + 6) / 4, row = blocks * side;
   const int tasks = (at.channels + side - 1) / side * row;
   const int turn = threadIdx.x % 32 / ::max(side, 8);
+#pragma unroll 1
   for (int task = threadIdx.x; task < tasks; task += kThreads) {
     const int channel = task / row * side + task % side, block = task % row / side;
     if (channel >= at.channels) continue;
@@ -78,9 +79,11 @@ DDPM_FAST_INLINE void walk_tiles(float* tile, const Layout& layout, bool draws, 
                                  const Body& body) {
   const int64_t all_channels = layout.target.channels, all_pixels = layout.target.pixels;
   const int most_channels = layout.tile_channels, most_pixels = layout.tile_pixels;
+#pragma unroll 1
   for (int64_t c = static_cast<int64_t>(blockIdx.z) * most_channels; c < all_channels;
        c += static_cast<int64_t>(gridDim.z) * most_channels) {
     const int channels = static_cast<int>(::min(static_cast<int64_t>(most_channels), all_channels - c));
+#pragma unroll 1
     for (int64_t p = static_cast<int64_t>(blockIdx.x) * most_pixels; p < all_pixels;
          p += static_cast<int64_t>(gridDim.x) * most_pixels) {
       const int pixels = static_cast<int>(::min(static_cast<int64_t>(most_pixels), all_pixels - p));
@@ -93,6 +96,7 @@ DDPM_FAST_INLINE void walk_tiles(float* tile, const Layout& layout, bool draws, 
       const bool whole = most_channels == all_channels;
       const int runs = whole ? 1 : pixels, length = whole ? pixels * channels : channels;
       const int pitch = whole ? (length + 3) / 4 * 4 : most_channels;
+#pragma unroll 1
       for (int i = threadIdx.x * 4; i < runs * pitch; i += kThreads * 4) {
         const int run = whole ? 0 : i / pitch;
         const int count = ::min(4, length - (i - run * pitch));
@@ -119,6 +123,7 @@ DDPM_FAST_INLINE void walk(float* tile, const Layout& layout, bool draws, const 
     walk_tiles(tile, layout, draws, key, body);
   } else {
     const int64_t size = layout.target.size(), step = static_cast<int64_t>(gridDim.x) * kThreads * V;
+#pragma unroll 1
     for (int64_t e = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * V; e < size; e += step) {
       const int count = static_cast<int>(::min(static_cast<int64_t>(V), size - e));
       body(e, count, [&](F (&z)[V]) {

@@ -9,9 +9,9 @@ namespace ddpm_fast {
 namespace cuda {
 
 constexpr int kThreads = 256;  // of a block
-constexpr int64_t kMostSamples = 65535;  // the limit of grid.y; kernels loop over the rest
-// Blocks for each multiprocessor before threads take more than one group of elements: four times what is resident.
+// Blocks for each multiprocessor, before threads take more than one group of elements: a few times what is resident.
 constexpr int64_t kBlocksPerProcessor = 32;
+constexpr int64_t kMostY = 65535;  // the hardware's limit for grid.y and grid.z
 
 struct Grid {
   unsigned x, y, z;
@@ -19,12 +19,18 @@ struct Grid {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A thread takes `vector` neighbouring elements of a sample at a time: x counts groups of them, y samples.
+// Cuts (x, y, z) down to what keeps the device busy, x first: kernels loop over the rest.
+inline Grid limited(int64_t x, int64_t y, int64_t z, int processors) {
+  const int64_t enough = processors * kBlocksPerProcessor;
+  z = std::min({z, enough, kMostY});
+  y = std::min({y, ceil_div(enough, z), kMostY});
+  x = std::min(x, ceil_div(enough, y * z));
+  return {static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z)};
+}
+
+// A thread takes `vector` neighbouring elements of a sample at a time: x counts blocks of them, y samples.
 inline Grid plan_flat(int64_t samples, int64_t size, int vector, int processors) {
-  const int64_t y = std::min(samples, kMostSamples);
-  const int64_t enough = std::max<int64_t>(ceil_div(processors * kBlocksPerProcessor, std::max<int64_t>(y, 1)), 1);
-  const int64_t x = std::min(ceil_div(size, int64_t{kThreads} * vector), enough);
-  return {static_cast<unsigned>(x), static_cast<unsigned>(y), 1};
+  return limited(ceil_div(size, int64_t{kThreads} * vector), samples, 1, processors);
 }
 
 // Noise for a channels_last image: a call of Philox serves four pixels of a channel, which lie apart. A block makes the
@@ -40,15 +46,11 @@ constexpr int64_t kTileChannels = 256;
 
 inline TilePlan plan_tiles(int64_t samples, int64_t channels, int64_t pixels, int processors) {
   const int64_t tile_channels = std::min(channels, kTileChannels);
-  // A multiple of eight keeps tiles aligned, for vectors of any dtype and for Philox's four. 
+  // A multiple of eight keeps tiles aligned, for vectors of any dtype and for Philox's four.
   const int64_t most = std::max<int64_t>(kTileElements / tile_channels / 8 * 8, 8);
   const int64_t tile_pixels = std::min(most, ceil_div(pixels, 8) * 8);
-  const int64_t y = std::min(samples, kMostSamples), z = std::min(ceil_div(channels, tile_channels), kMostSamples);
-  const int64_t enough = std::max<int64_t>(ceil_div(processors * kBlocksPerProcessor, std::max<int64_t>(y * z, 1)), 1);
-  const int64_t x = std::min(ceil_div(pixels, tile_pixels), enough);
-  return {{static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z)},
-          static_cast<int>(tile_pixels),
-          static_cast<int>(tile_channels),
+  const int64_t x = ceil_div(pixels, tile_pixels), z = ceil_div(channels, tile_channels);
+  return {limited(x, samples, z, processors), static_cast<int>(tile_pixels), static_cast<int>(tile_channels),
           static_cast<int>(tile_pixels * tile_channels * 4)};
 }
 

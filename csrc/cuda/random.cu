@@ -12,6 +12,7 @@ __global__ void __launch_bounds__(kThreads)
 normal_kernel(T* out, const int64_t* seed, const int64_t* sample_ids, const int64_t* step, NormalLayout layout) {
   constexpr int V = kTiled ? 4 : 16 / sizeof(T);
   extern __shared__ __align__(16) float tile[];
+#pragma unroll 1
   for (int64_t n = blockIdx.y; n < layout.target.samples; n += gridDim.y) {
     const NoiseKey key = noise_key({seed, sample_ids, step}, layout, layout.step_stride, n);
     T* const sample = out + n * layout.target.sample_stride;
@@ -28,8 +29,8 @@ template <class T> static const char* launch(const NormalArguments& a, cudaStrea
   const bool tiled = layout.target.channels_last;
   const int vector = tiled ? 4 : 16 / sizeof(T);
   layout.vector = in_groups(a.out, a.type, layout.target, vector);
-  return launch_walk(layout, tiled, vector, [&](auto by_tiles, const NormalLayout& with_tile, Grid grid, int shared) {
-    normal_kernel<T, by_tiles.value><<<to_dim3(grid), kThreads, shared, stream>>>(
+  return launch_walk(layout, tiled, false, vector, [&](auto by_tiles, auto, const NormalLayout& with_tile, dim3 grid, int shared) {
+    normal_kernel<T, by_tiles.value><<<grid, kThreads, shared, stream>>>(
         static_cast<T*>(a.out), a.draw.seed, a.draw.sample_ids, a.draw.step, with_tile);
   });
 }

@@ -52,11 +52,15 @@ template <> DDPM_FAST_INLINE float narrow<float>(float x) { return x; }
 template <> DDPM_FAST_INLINE __half narrow<__half>(float x) { return __float2half_rn(x); }
 template <> DDPM_FAST_INLINE __nv_bfloat16 narrow<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 
-DDPM_FAST_INLINE float widened(float x) { return x; }
-DDPM_FAST_INLINE float widened(__half x) { return __half2float(x); }
-DDPM_FAST_INLINE float widened(__nv_bfloat16 x) { return __bfloat162float(x); }
+DDPM_FAST_INLINE float to_float(float x) { return x; }
+DDPM_FAST_INLINE float to_float(__half x) { return __half2float(x); }
+DDPM_FAST_INLINE float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-template <class T> DDPM_FAST_INLINE F rounded(F x) { return {widened(narrow<T>(x.v))}; }
+DDPM_FAST_INLINE uint32_t bits_of(float x) { return __float_as_uint(x); }
+DDPM_FAST_INLINE uint32_t bits_of(__half x) { return __half_as_ushort(x); }
+DDPM_FAST_INLINE uint32_t bits_of(__nv_bfloat16 x) { return __bfloat16_as_ushort(x); }
+
+template <class T> DDPM_FAST_INLINE F rounded(F x) { return {to_float(narrow<T>(x.v))}; }
 
 }  // namespace cuda
 }  // namespace ddpm_fast

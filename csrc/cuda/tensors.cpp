@@ -39,10 +39,12 @@ Target target_of(const Image& image) {
 View view_of(const Source& source, const Image& target) {
   const Image& own = source.image;
   const Type type = type_of(source.type, "an image");
-  if (source.aligned_with(target)) return {own.sample_stride, target.size(), 0, 1, type};
-  if (target.order() == Order::kChannelsFirst)
-    return {own.sample_stride, target.pixels, own.channel_stride, own.pixel_stride, type};
-  return {own.sample_stride, target.channels, own.pixel_stride, own.channel_stride, type};
+  View view{own.sample_stride, type, source.aligned_with(target)};
+  const bool channels_first = target.order() == Order::kChannelsFirst;
+  view.inner = channels_first ? target.pixels : target.channels;
+  view.inner_stride = channels_first ? own.pixel_stride : own.channel_stride;
+  view.outer_stride = channels_first ? own.channel_stride : own.pixel_stride;
+  return view;
 }
 
 void* twin_data(const Tensor& tensor, const Image& image, ScalarType type, const char* name) {
