@@ -17,27 +17,16 @@ from torch import Tensor
 
 import ddpm_fast as df
 from tests.gpu import cuda_library, gates, simulate
-from tests.gpu.ptx import nvcc
+from tests.gpu.ptx import nvcc, sass
 from tests.gpu.ptx.build import CACHE, digest
 from tests.gpu.ptx.metrics import metrics
 from tests.ops.common import same_bits, shape_id
-from tests.ops.test_norm_act import (
-    FLOATS,
-    HARD,
-    NAMES,
-    assert_close,
-    case_id,
-    exact,
-    is_laid_out,
-    laid_out,
-    leaves,
-    parameters,
-    plain,
-)
+from tests.ops.norms import FLOATS, assert_close, is_laid_out, laid_out, leaves
+from tests.ops.test_norm_act import HARD, NAMES, case_id, exact, parameters, plain
 
 Case = tuple[tuple[int, ...], int]
 
-# (architecture, dtype): each of both once in every run, since translating a kernel's PTX takes seconds; the rest are slow.
+# (architecture, dtype): each of both once in every run, since translating a kernel's PTX takes seconds; others are slow.
 QUICK = [(80, torch.float32), (90, torch.bfloat16), (120, torch.float16)]
 TARGETS = [
     pytest.param(a, d, id=f"sm_{a}-{d}", marks=() if (a, d) in QUICK else pytest.mark.slow)
@@ -45,10 +34,10 @@ TARGETS = [
 ]
 LAYOUTS = ["contiguous", "channels_last"]
 
-# Groups of 20, 33, 12 and other sizes that are no power of two or multiple of a vector; vectors that reach over channels
-# and over groups; pixels no multiple of a vector; more than 256 samples; no spatial dimension, one, three and four; a
-# group's tiles in a cluster or, before it, in several launches; so many channels a group that it is cut; one channel a
-# group; more than one trip of each loop.
+# Groups whose sizes are no power of two and no multiple of a vector; vectors that reach over channels and over groups;
+# pixels no multiple of a vector; more than 256 samples; no spatial dimension, one, three and four; a group's tiles in a
+# cluster or, before sm_90, in several launches; so many channels a group that it is cut; one channel a group; more than
+# one trip of each loop.
 CASES: list[Case] = [
     ((2, 12, 5, 3), 3),
     ((300, 8, 2, 2), 4),
@@ -363,11 +352,9 @@ def test_images_are_read_and_written_in_whole_sectors_without_bank_conflicts(
 
 @pytest.mark.parametrize("file", ["norm_act", "norm_act_backward"])
 @pytest.mark.parametrize(
-    "target", [pytest.param(a, marks=() if a == 90 else pytest.mark.slow) for a in simulate.cuda_library.ARCHITECTURES]
+    "target", [pytest.param(a, marks=() if a == 90 else pytest.mark.slow) for a in cuda_library.ARCHITECTURES]
 )
 def test_no_register_is_spilled_and_images_move_by_128_bits(target: int, file: str) -> None:
-    from tests.gpu.ptx import sass
-
     csrc = cuda_library.CSRC
     cubin = nvcc.compile_cubin(csrc / "cuda" / f"{file}.cu", target, [f"-I{csrc / 'include'}", f"-I{csrc}"])
     gates.assert_no_spills(cubin)
@@ -439,10 +426,11 @@ def test_plans_cover_a_sample_and_are_ones_that_the_device_takes() -> None:
     for case, layout, size, target, _, plan in all_plans():
         (samples, channels, *pixels), groups = case
         told = f"{case} {layout} {size} sm_{target}: {plan}"
-        assert plan["threads"] % 32 == 0 and 32 <= plan["threads"] <= 256, told
+        assert plan["threads"] in range(32, 257, 32), told
         assert plan["shared_bytes"] + 1024 <= SHARED_BYTES[target], told
         if plan["statistics"] == CLUSTER:
-            assert target >= 90 and plan["parts"] in (2, 4, 8), told
+            assert target >= 90, told
+            assert plan["parts"] in (2, 4, 8), told
         assert plan["blocks"] == samples * plan["slabs"] * plan["parts"], told
         if layout == "contiguous":
             elements = channels // groups * math.prod(pixels)
