@@ -65,7 +65,9 @@ CASES = [
     Case((1, 2, 5, 7, 9), "contiguous", "contiguous", torch.float64, "x0", "learned", "given", offset=3),
 ]
 MORE_CASES = [
-    Case((2, 4, 16, 16), "channels_last", "channels_last", torch.float16, prediction, variance, noise, guided, bound, x0)
+    Case(
+        (2, 4, 16, 16), "channels_last", "channels_last", torch.float16, prediction, variance, noise, guided, bound, x0
+    )
     for prediction, variance, noise, guided, bound, x0 in (
         ("epsilon", "fixed", "given", True, "none", False),
         ("x0", "fixed", "seed", False, "clip", True),
@@ -173,7 +175,8 @@ def test_nan_and_infinity_pass_through_as_in_the_reference() -> None:
             simple_step(x_t, output, out, torch.tensor([5]), variance)
         rows = ddpm_table(SCHEDULE, variance="learned" if variance else "fixed_small").rows
         reference.denoise(
-            x_t, output, None, rows, torch.tensor([5]), 0, variance, -1.0, 1.0, None, None, SEED, None, 1, expected, None
+            x_t, output, None, rows, torch.tensor([5]), 0, variance, -1.0, 1.0, None, None, SEED, None, 1, expected,
+            None,
         )  # fmt: skip
         assert torch.equal(out.isnan(), expected.isnan())
         assert torch.equal(out.nan_to_num(), expected.nan_to_num())

@@ -1,4 +1,4 @@
-"""The quantile of each sample's magnitudes by radix selection: the bits of magnitudes order as their values do, NaN last.
+"""The quantile of each sample's magnitudes by radix selection: their bits order as the values do, NaN last.
 
 Four passes count the values by their next eight bits among those that share the bits found so far; a fifth finds the
 next larger value. A small sample is one program's; a large one is shared out, and its counts are added up in memory,
