@@ -96,3 +96,9 @@ def group_norm_silu(
     if scale is not None and shift is not None:
         y = y * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
     return F.silu(y)
+
+
+def rms_norm_silu(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """lucidrains' RMSNorm, scale and shift, and SiLU as its residual block writes them."""
+    y = F.normalize(x, dim=1) * weight[:, None, None] * x.shape[1] ** 0.5
+    return F.silu(y * (scale[:, :, None, None] + 1) + shift[:, :, None, None])

@@ -22,8 +22,8 @@ class Rows {
     for (int64_t n = 0; n < (stride_ ? op.samples : 1); ++n) {
       const float *const scale = op.scale.row(n), *const shift = op.shift.row(n);
       for (int64_t c = 0; c < op.channels; ++c) {
-        const float weight = op.weight.data ? op.weight.data[c] : 1.0f;
-        factor_[n * op.channels + c] = scale ? weight * (1.0f + scale[c]) : weight;
+        const double weight = op.weight.data ? op.weight.data[c] : 1.0;
+        factor_[n * op.channels + c] = static_cast<float>(scale ? weight * (1.0 + scale[c]) : weight);
         shift_[n * op.channels + c] = shift ? shift[c] : 0.0f;
       }
     }
@@ -39,8 +39,8 @@ RmsNormAct describe(const Tensor& x, const Image& image, Order order, double eps
                     const Parameter& weight, const Parameter& scale, const Parameter& shift) {
   STD_TORCH_CHECK(x.dim() >= 2 && image.channels > 0 && image.pixels > 0,
                   "x must be (N, C, *) with at least one channel and one pixel");
-  return {image.samples,  image.channels, image.pixels, order, activation != 0, static_cast<float>(eps),
-          weight.rows(), scale.rows(),   shift.rows()};
+  return {image.samples,  image.channels, image.pixels, order, activation != 0, eps,
+          weight.rows(), scale.rows(), shift.rows()};
 }
 
 float* factors(const Tensor& tensor, const RmsNormAct& op) {

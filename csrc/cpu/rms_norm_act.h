@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 #include "norm_act.h"
@@ -15,9 +16,11 @@ struct RmsNormAct {
   int64_t samples, channels, pixels;
   Order order;
   bool activation;
-  float eps;
+  double eps;
   ChannelRows weight, scale, shift;
 
+  // The largest r, that of every pixel whose norm is below eps.
+  float limit() const { return static_cast<float>(std::sqrt(static_cast<double>(channels)) / eps); }
   int64_t chunks() const { return (pixels + kChunk - 1) / kChunk; }
   int64_t pixel(int64_t chunk) const { return chunk * kChunk; }
   int64_t pixels_of(int64_t chunk) const { return std::min(kChunk, pixels - pixel(chunk)); }

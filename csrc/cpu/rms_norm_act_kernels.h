@@ -14,11 +14,6 @@ template <bool kActivation> DDPM_FAST_INLINE F rms_gradient(F grad_out, F z) {
   return grad_out;
 }
 
-// sqrt(C) / max(|x|, eps), from |x|^2.
-DDPM_FAST_INLINE F rms_factor(F squares, float root_of_channels, float eps) {
-  return splat(root_of_channels) / max(splat(eps), sqrt(squares));
-}
-
 // ---- Channels first: sixteen pixels at a time, a vector of each channel's run ----
 
 // Pixels that are worked through together: their channels are read twice, the second time from the cache.
@@ -30,7 +25,7 @@ DDPM_FAST_INLINE int lanes_at(int64_t i, int64_t n) { return static_cast<int>(st
 // Eight channels' squares are added up before they meet the others': a long plain sum would round more than eager
 // PyTorch's.
 template <class T> static void rms_squares(const RmsNormAct& op, const T* x, int64_t n, float* r) {
-  const float root = std::sqrt(static_cast<float>(op.channels));
+  const F channels = splat(static_cast<float>(op.channels)), limit = splat(op.limit());
   for (int64_t i = 0; i < n; i += kLanes) store(r + i, splat(0.0f));
   for (int64_t c = 0; c < op.channels; c += 8) {
     const int64_t end = std::min(c + 8, op.channels);
@@ -43,7 +38,7 @@ template <class T> static void rms_squares(const RmsNormAct& op, const T* x, int
       store(r + i, load(r + i) + sum);
     }
   }
-  for (int64_t i = 0; i < n; i += kLanes) store(r + i, rms_factor(load(r + i), root, op.eps));
+  for (int64_t i = 0; i < n; i += kLanes) store(r + i, min(limit, sqrt(channels / load(r + i))));
 }
 
 template <class T, bool kActivation>
@@ -68,8 +63,7 @@ static void rms_apply_first(const RmsNormAct& op, const T* x, T* out, int64_t pi
 template <class T, bool kActivation>
 static void rms_backward_first(const RmsNormAct& op, const T* grad_out, const T* x, T* grad_x, int64_t pixels,
                                const float* r, RmsChannels channels, RmsSums sums, float* scratch) {
-  const float limit = std::sqrt(static_cast<float>(op.channels)) / op.eps;
-  const float mean = 1.0f / static_cast<float>(op.channels);
+  const float limit = op.limit(), mean = 1.0f / static_cast<float>(op.channels);
   for (int64_t begin = 0; begin < pixels; begin += kRmsTile) {
     const int64_t n = std::min(kRmsTile, pixels - begin), vectors = (n + kLanes - 1) / kLanes;
     F along[kRmsTile / kLanes];
@@ -113,7 +107,7 @@ template <class T, bool kActivation>
 static void rms_apply_last(const RmsNormAct& op, const T* x, T* out, int64_t pixels, RmsChannels channels, float* r) {
   const int64_t count = op.channels, whole = count / kLanes * kLanes;
   const int rest = static_cast<int>(count - whole);
-  const float root = std::sqrt(static_cast<float>(count));
+  const float limit = op.limit();
   for (int64_t p = 0; p < pixels; ++p, x += count, out += count) {
     F sum[2] = {splat(0.0f), splat(0.0f)};
     int64_t c = 0;
@@ -126,8 +120,9 @@ static void rms_apply_last(const RmsNormAct& op, const T* x, T* out, int64_t pix
       const F v = load_lanes(x + c, lanes_at(c, count));
       sum[0] = fma(v, v, sum[0]);
     }
-    const float norm = std::sqrt(sum_of_lanes(sum[0] + sum[1]));
-    r[p] = root / (norm < op.eps ? op.eps : norm);  // a NaN stays one
+    const double squares = sum_of_lanes(sum[0] + sum[1]);
+    const float own = static_cast<float>(std::sqrt(static_cast<double>(count) / squares));
+    r[p] = own > limit ? limit : own;  // a NaN stays one
     const F factor = splat(r[p]);
     for (c = 0; c < whole; c += kLanes)
       store(out + c, rms_activate<kActivation>(
@@ -144,7 +139,7 @@ template <class T, bool kActivation>
 static void rms_backward_last(const RmsNormAct& op, const T* grad_out, const T* x, T* grad_x, int64_t pixels,
                               const float* r, RmsChannels channels, RmsSums sums, float* scratch) {
   const int64_t count = op.channels;
-  const float limit = std::sqrt(static_cast<float>(count)) / op.eps, mean = 1.0f / static_cast<float>(count);
+  const float limit = op.limit(), mean = 1.0f / static_cast<float>(count);
   for (int64_t p = 0; p < pixels; ++p, x += count, grad_out += count) {
     const F factor = splat(r[p]);
     F along = splat(0.0f);

@@ -16,7 +16,7 @@ from torch import Tensor
 import ddpm_fast
 from ddpm_fast import backends
 from ddpm_fast.backends.reference.random import philox
-from ddpm_fast.ops import denoise, group_norm_silu, q_sample, randn
+from ddpm_fast.ops import denoise, group_norm_silu, q_sample, randn, rms_norm_silu
 from ddpm_fast.ops.conv import cpu_isa
 from ddpm_fast.schedule import NoiseSchedule
 from ddpm_fast.solvers import ddpm_table
@@ -198,21 +198,39 @@ def _norm_exact(inputs: dict[str, Tensor]) -> Tensor:
     return F.silu(y * (1 + scale) + shift)
 
 
-def _norm_act(memory_format: torch.memory_format) -> Callable[[], float]:
+def _rms_norm(x: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    return rms_norm_silu(x, inputs["weight"], scale=inputs["scale"], shift=inputs["shift"])
+
+
+def _rms_norm_exact(inputs: dict[str, Tensor]) -> Tensor:
+    weight, scale, shift = (inputs[name][..., None, None] for name in ("weight", "scale", "shift"))
+    return F.silu(F.normalize(inputs["x"], dim=1) * math.sqrt(_SHAPE[1]) * weight * (1 + scale) + shift)
+
+
+def _values(
+    norm: Callable[[Tensor, dict[str, Tensor]], Tensor],
+    exactly: Callable[[dict[str, Tensor]], Tensor],
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Callable[[], float]:
     def test() -> float:
-        inputs, exact = _norm_inputs(torch.float32), _norm_exact(_norm_inputs(torch.float64))
+        inputs, exact = _norm_inputs(torch.float32), exactly(_norm_inputs(torch.float64))
         x = inputs["x"].contiguous(memory_format=memory_format)
         with torch.no_grad():
-            return _largest(_norm(x, inputs), exact.detach())
+            return _largest(norm(x, inputs), exact.detach())
 
     return test
 
 
-def _norm_act_backward() -> float:
-    inputs, exact = _norm_inputs(torch.float32), _norm_inputs(torch.float64)
-    gradients = torch.autograd.grad(_norm(inputs["x"], inputs), list(inputs.values()), _noise(5))
-    expected = torch.autograd.grad(_norm_exact(exact), list(exact.values()), _noise(5).double())
-    return max(_largest(g, e) for g, e in zip(gradients, expected, strict=True))
+def _gradients(
+    norm: Callable[[Tensor, dict[str, Tensor]], Tensor], exactly: Callable[[dict[str, Tensor]], Tensor]
+) -> Callable[[], float]:
+    def test() -> float:
+        inputs, exact = _norm_inputs(torch.float32), _norm_inputs(torch.float64)
+        found = torch.autograd.grad(norm(inputs["x"], inputs), list(inputs.values()), _noise(5), materialize_grads=True)
+        expected = torch.autograd.grad(exactly(exact), list(exact.values()), _noise(5).double(), materialize_grads=True)
+        return max(_largest(g, e) for g, e in zip(found, expected, strict=True))
+
+    return test
 
 
 # A few units in the last place of the largest values that come up: about 10, and 50 for the gradients.
@@ -221,7 +239,9 @@ _TESTS: dict[str, tuple[Callable[[], float], float]] = {
     "noising": (_noising, 2e-6),
     "denoise": (_denoise("fixed"), 5e-6),
     "denoise learned": (_denoise("learned_range"), 5e-6),
-    "norm_act": (_norm_act(torch.contiguous_format), 5e-6),
-    "norm_act channels_last": (_norm_act(torch.channels_last), 5e-6),
-    "norm_act backward": (_norm_act_backward, 2e-5),
+    "norm_act": (_values(_norm, _norm_exact), 5e-6),
+    "norm_act channels_last": (_values(_norm, _norm_exact, torch.channels_last), 5e-6),
+    "norm_act backward": (_gradients(_norm, _norm_exact), 2e-5),
+    "rms_norm_act": (_values(_rms_norm, _rms_norm_exact), 5e-6),
+    "rms_norm_act backward": (_gradients(_rms_norm, _rms_norm_exact), 2e-5),
 }

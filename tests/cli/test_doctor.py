@@ -29,7 +29,7 @@ def test_a_sound_installation_passes(cli: Cli) -> None:
     rows = [line.split() for line in done.out.split("allowed\n")[1].splitlines()]
     assert all(row[-1] == "ok" for row in rows)
     for backend in df.available_backends():
-        for op in ("random", "noising", "denoise", "norm_act"):
+        for op in ("random", "noising", "denoise", "norm_act", "rms_norm_act"):
             assert any(row[0] == op and backend in row for row in rows)
 
 

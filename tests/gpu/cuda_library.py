@@ -25,6 +25,7 @@ from torch.utils import cpp_extension
 
 from tests.gpu.ptx import Module, nvcc
 from tests.gpu.ptx.build import CACHE, digest
+from tests.gpu.ptx.devices import Device
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
@@ -35,7 +36,8 @@ CXX = os.environ.get("CXX", "g++").split()
 # As setup.py has them for the extension.
 ABI_FLAGS = ("-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA")
 HOST_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-w", "-fvisibility=hidden")
-HOST_SOURCES = ("ops_cuda.cpp", "arguments.cpp", "image.cpp")
+HOST_SOURCES = ("ops_cuda.cpp", "arguments.cpp", "image.cpp", "cuda/*.cpp")
+_INCLUDES = (f"-I{CSRC / 'include'}", f"-I{CSRC}")
 NVCC_FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC")
 
 
@@ -50,27 +52,14 @@ class FakeLaunch(ctypes.Structure):
     )
 
 
-class Device(ctypes.Structure):
-    """struct Device of fake_cuda/runtime.cpp: what host code can ask about a GPU."""
+class _FakeDevice(ctypes.Structure):
+    """struct Device of fake_cuda/runtime.cpp"""
 
     _fields_ = tuple(
         (name, ctypes.c_int)
         for name in ("major", "minor", "processors", "shared_optin", "shared_processor", "threads_processor")
     )
 
-
-# CUDA C++ Programming Guide, technical specifications per compute capability; processors of T4, A100, A10, L4, H100,
-# B200 and RTX 5090.
-_KIB = 1024
-DEVICES = {
-    75: Device(7, 5, 40, 64 * _KIB, 64 * _KIB, 1024),
-    80: Device(8, 0, 108, 163 * _KIB, 164 * _KIB, 2048),
-    86: Device(8, 6, 72, 99 * _KIB, 100 * _KIB, 1536),
-    89: Device(8, 9, 58, 99 * _KIB, 100 * _KIB, 1536),
-    90: Device(9, 0, 132, 227 * _KIB, 228 * _KIB, 2048),
-    100: Device(10, 0, 148, 227 * _KIB, 228 * _KIB, 2048),
-    120: Device(12, 0, 170, 99 * _KIB, 100 * _KIB, 1536),
-}
 
 LaunchCallback = Callable[[FakeLaunch], int]
 _callback_type = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(FakeLaunch))
@@ -88,8 +77,8 @@ def _compile_device(source: Path, folder: Path, architectures: Sequence[int]) ->
     kept.mkdir()
     targets = [f"-gencode=arch=compute_{a},code=compute_{a}" for a in architectures]
     out = folder / f"{source.stem}.o"
-    _run([*nvcc.nvcc(), *NVCC_FLAGS, *targets, f"-I{CSRC / 'include'}", f"-I{CSRC}", "--keep", f"--keep-dir={kept}"]
-         + ["-c", source, "-o", out])  # fmt: skip
+    keep = ["--keep", f"--keep-dir={kept}"]
+    _run([*nvcc.nvcc(), *NVCC_FLAGS, *targets, *_INCLUDES, *keep, "-c", source, "-o", out])
     for architecture in architectures:
         # nvcc names the file after the architecture only where there are several.
         name = f"{source.stem}.compute_{architecture}.ptx" if len(architectures) > 1 else f"{source.stem}.ptx"
@@ -100,10 +89,8 @@ def _compile_device(source: Path, folder: Path, architectures: Sequence[int]) ->
 
 def _compile_host(source: Path, folder: Path) -> list[Path]:
     out = folder / f"{source.stem}.host.o"
-    torch_headers = [f"-isystem{path}" for path in cpp_extension.include_paths()]
-    python_headers = f"-isystem{sysconfig.get_path('include')}"
-    _run([*CXX, *HOST_FLAGS, *ABI_FLAGS, f"-I{CSRC / 'include'}", f"-I{CSRC}",
-          python_headers, *torch_headers, "-c", source, "-o", out])  # fmt: skip
+    system = [f"-isystem{path}" for path in (sysconfig.get_path("include"), *cpp_extension.include_paths())]
+    _run([*CXX, *HOST_FLAGS, *ABI_FLAGS, *_INCLUDES, *system, "-c", source, "-o", out])
     return [out]
 
 
@@ -115,7 +102,7 @@ def _compile_runtime(folder: Path) -> list[Path]:
 
 def sources() -> tuple[list[Path], list[Path]]:
     """The .cu files and the host's files of the extension."""
-    return sorted((CSRC / "cuda").glob("*.cu")), [CSRC / name for name in HOST_SOURCES]
+    return sorted((CSRC / "cuda").glob("*.cu")), [path for name in HOST_SOURCES for path in sorted(CSRC.glob(name))]
 
 
 @cache
@@ -162,7 +149,8 @@ class CudaLibrary:
     def configure(self, device: Device, on_launch: LaunchCallback) -> None:
         """Says which GPU the host code sees, and what a launch calls; non-zero makes it fail."""
         self._callback = _callback_type(lambda launch: on_launch(launch.contents))  # kept alive: C++ holds a pointer
-        self._library.fake_cuda_configure(ctypes.byref(device), self._callback)
+        limits = (device.processors, device.shared_block, device.shared_processor, device.threads_processor)
+        self._library.fake_cuda_configure(ctypes.byref(_FakeDevice(*device.capability, *limits)), self._callback)
 
     def ptx(self, architecture: int) -> dict[str, str]:
         """The PTX of every .cu file, by its name."""

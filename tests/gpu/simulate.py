@@ -4,9 +4,9 @@
         x = df.randn((2, 3, 32, 32), seed=7)
     assert launches[0].stats["st_bytes"] == x.nbytes
 
-Everything around the kernels is what ships: the public function and its checks, the operator, the code that lays out and
-launches (backends/triton, or csrc/ops_cuda.cpp and csrc/cuda). Only the outermost layer is replaced: the dispatcher is
-told to take the CUDA implementation for CPU tensors, and a launch runs the kernel's PTX.
+Everything around the kernels is what ships: the public function and its checks, the operator, the code that lays out
+and launches (backends/triton, or csrc/ops_cuda.cpp and csrc/cuda). Only the outermost layer is replaced: the dispatcher
+is told to take the CUDA implementation for CPU tensors, and a launch runs the kernel's PTX.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tests.gpu.ptx.triton as ptx_triton
 from ddpm_fast import backends
 from tests.gpu import cuda_library
+from tests.gpu.ptx.devices import DEVICES
 from tests.gpu.ptx.staging import Span, span_of
 
 _CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
@@ -72,7 +73,7 @@ class _Allocations(TorchDispatchMode):
     """Notes the tensors that an operator allocates for its kernels."""
 
     def __init__(self, memory: _Memory) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._memory = memory
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -87,7 +88,7 @@ class _Simulation(TorchDispatchMode):
     """Runs the operators of one GPU backend with CPU tensors."""
 
     def __init__(self, name: str, target: int, options: dict[str, Any]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._name, self._target, self._options = name, target, options
         self._memory = _Memory()
         self._error: BaseException | None = None
@@ -174,14 +175,16 @@ def backend(name: str, target: int = 90, processors: int | None = None, **option
     def choose(tensor: Tensor, dtype: torch.dtype | None = None) -> str:
         return name if (dtype or tensor.dtype) in backends._KERNEL_DTYPES else "reference"
 
+    def run(kernel: Any, *args: Any, **keywords: Any) -> None:
+        simulation.launch_triton(kernel, *args, **keywords)
+
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(backends, "choose", choose))
         if name == "triton":
-            patched = lambda kernel, *args, **keywords: simulation.launch_triton(kernel, *args, **keywords)
-            stack.enter_context(mock.patch.object(triton.JITFunction, "run", patched))
+            stack.enter_context(mock.patch.object(triton.JITFunction, "run", run))
         else:
-            device = cuda_library.Device.from_buffer_copy(cuda_library.DEVICES[target])
-            device.processors = processors or device.processors
+            device = DEVICES[target]
+            device = replace(device, processors=processors or device.processors)
             cuda_library.library().configure(device, simulation.launch_cuda)
         stack.enter_context(simulation)
         yield simulation.launches

@@ -62,7 +62,6 @@ def rms_norm_act_backward(
             if gradient is not None:
                 gradient.zero_()
         return
-    channels = x.shape[1]
     v = x.double().reshape(*x.shape[:2], -1)
     r = rrms.double().unsqueeze(1)
     w, one_plus_scale = _rows(weight, x, 1), 1 + _rows(scale, x, 0)
@@ -82,5 +81,5 @@ def rms_norm_act_backward(
     if grad_x is not None:
         grad_xhat = grad_z * (w * one_plus_scale)
         # Where |x| is below eps, r is a constant.
-        along = torch.where(r < math.sqrt(channels) / eps, (grad_xhat * xhat).mean(1, keepdim=True), 0)
+        along = torch.where(v.norm(dim=1, keepdim=True) < eps, 0, (grad_xhat * xhat).mean(1, keepdim=True))
         grad_x.copy_(((grad_xhat - xhat * along) * r).reshape(x.shape))

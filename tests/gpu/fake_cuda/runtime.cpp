@@ -144,6 +144,12 @@ EXPORT cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute 
     default: return result(cudaErrorNotSupported);
   }
 }
+EXPORT cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* function) {
+  if (!kernels().count(function)) return result(cudaErrorInvalidDeviceFunction);
+  *attributes = cudaFuncAttributes{};
+  attributes->ptxVersion = attributes->binaryVersion = 10 * device.major + device.minor;
+  return cudaSuccess;
+}
 EXPORT cudaError_t cudaGetDevice(int* number) {
   *number = 0;
   return cudaSuccess;
@@ -183,4 +189,18 @@ EXPORT const char* cudaGetErrorString(cudaError_t error) {
 EXPORT cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
   memset(memory, value, bytes);
   return cudaSuccess;
+}
+
+// ---- what the host code asks of a torch that is built with CUDA: the device's guard, and its current stream
+EXPORT int32_t aoti_torch_create_device_guard(int32_t, void** guard) {
+  *guard = new char;
+  return 0;
+}
+EXPORT int32_t aoti_torch_delete_device_guard(void* guard) {
+  delete static_cast<char*>(guard);
+  return 0;
+}
+EXPORT int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  *stream = nullptr;
+  return 0;
 }

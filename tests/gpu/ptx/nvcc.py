@@ -1,4 +1,4 @@
-"""CUDA C++ -> PTX and cubin with nvcc: the one on PATH, else the one that pip installs. Results are cached by content."""
+"""CUDA C++ -> PTX and cubin with nvcc, the one on PATH or else the one that pip installs; cached by content."""
 
 from __future__ import annotations
 

@@ -1,93 +1,101 @@
-"""Static + emulated performance card of a kernel, no GPU: floor check and a roofline ESTIMATE (pipe rates never validated on hardware: label it so)."""
+"""Occupancy, and a roofline *estimate* of a kernel's time, from its SASS. Nothing here was ever measured on a GPU."""
 
-import os
+from __future__ import annotations
+
 import re
-import shutil
 import subprocess
-import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 
-HERE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "include")
-from . import sass
+from . import nvcc
+from .build import CACHE, INCLUDE, build, digest
+from .devices import DEVICES, Device
+from .sass import Instruction
 
-H100 = {"bw": 3.35e12, "eff": 0.90, "sms": 132, "clk": 1.755e9, "cc": (9, 0)}
-A100 = {"bw": 1.555e12, "eff": 0.88, "sms": 108, "clk": 1.41e9, "cc": (8, 0)}
-
-
-def rate(op):  # thread-instructions / clk / SM (CUDA programming guide, throughput table, cc 9.0)
-    if op.startswith("MUFU"):
-        return 16
-    if re.match(r"I2F|F2I|F2F|I2I", op):
-        return 16 if "F64" not in op else 16
-    if re.match(r"IMAD\.(HI|WIDE)", op):
-        return 32
-    if re.match(r"(IMAD|LOP3|SHF|IADD3|ISETP|LEA|SEL|PRMT|VIADD|IABS|IMNMX|FSETP|FMNMX|FSEL|F2FP|MOV)", op):
-        return 64
-    if re.match(r"(LD|ST)S", op):
-        return 32
-    if re.match(r"SHFL", op):
-        return 32
-    if re.match(r"D(FMA|MUL|ADD)", op):
-        return 64
-    return 128
+REACHABLE_BANDWIDTH = 0.9  # of the data sheet's, that a copy reaches
+_ISSUED = 128  # instructions of a thread that a multiprocessor starts in a clock: four warps
+# What its units do in a clock, of a thread's instructions: CUDA programming guide, throughput of native arithmetic
+# instructions, compute capability 9.0. What is not listed is limited by issue alone.
+_THROUGHPUT = (
+    (r"MUFU|I2F|F2I|F2F|I2I", 16),
+    (r"IMAD\.(HI|WIDE)|LDS|STS|SHFL", 32),
+    (r"IMAD|LOP3|SHF|IADD3|ISETP|LEA|SEL|PRMT|VIADD|IABS|IMNMX|FSETP|FMNMX|FSEL|F2FP|MOV|DFMA|DMUL|DADD", 64),
+)
 
 
-def issue_time(ins, elems_per_pass, dev, body=None):
-    """lower bound from one pass of the main loop: issue slots (4 warps/clk) and per-pipe throughput"""
-    sel = [i for i in ins if i[2] != "NOP" and (body is None or body[0] <= i[0] <= body[1])]
-    pipes = {}
-    for i in sel:
-        r = rate(i[2])
-        pipes[r] = pipes.get(r, 0) + 1
-    clk = max(len(sel) / 128, *(n / r for r, n in pipes.items() if r != 128))
-    return clk / elems_per_pass / (dev["sms"] * dev["clk"]), len(sel) / elems_per_pass
+@cache
+def _calculator() -> str:
+    source = INCLUDE / "occupancy.cpp"
+    program = CACHE / f"occupancy-{digest(source.read_text(), nvcc.version())}"
+    return str(build([*nvcc.nvcc(), "-cudart=none", source], program))
 
 
-def main_loop(ins):
-    best = None
-    for i in ins:
-        if i[2].startswith("BRA") and (m := re.search(r"0x([0-9a-f]+)", i[3])) and int(m[1], 16) < i[0]:
-            b = (int(m[1], 16), i[0])
-            body = [j for j in ins if b[0] <= j[0] <= b[1]]
-            if any(j[2].startswith("STG") for j in body) and (best is None or len(body) < best[2]):
-                best = (*b, len(body))
-    return best
+def resident_blocks(architecture: int, registers: int, threads: int, static_shared: int = 0, dynamic: int = 0) -> int:
+    """How many blocks a multiprocessor holds at once.
+
+    Args:
+        architecture: 90 for sm_90.
+        registers: of a thread.
+        threads: of a block.
+        static_shared, dynamic: bytes of shared memory of a block, without what the driver reserves.
+    """
+    device = DEVICES[architecture]
+    limits = (device.threads_processor, device.shared_processor, device.shared_block)
+    numbers = (*device.capability, registers, static_shared, dynamic, threads, *limits)
+    done = subprocess.run([_calculator(), *map(str, numbers)], capture_output=True, text=True, check=True)
+    return int(done.stdout)
 
 
-def occ_program(cuda=None):
-    cuda = (
-        cuda or os.environ.get("CUDA_HOME") or os.path.dirname(os.path.dirname(os.path.realpath(shutil.which("nvcc"))))
-    )
-    p = os.path.join(tempfile.gettempdir(), "ptxsim-occ")
-    if not os.path.exists(p):
-        subprocess.run(["g++", "-O1", "-I" + cuda + "/include", HERE + "/occ.cpp", "-o", p], check=True)
-    return p
+def occupancy(architecture: int, registers: int, threads: int, static_shared: int = 0, dynamic: int = 0) -> float:
+    """The part of a multiprocessor's threads that are resident; arguments as for `resident_blocks`."""
+    blocks = resident_blocks(architecture, registers, threads, static_shared, dynamic)
+    return blocks * threads / DEVICES[architecture].threads_processor
 
 
-def occ(res, dyn, thr, dev):
-    return subprocess.run(
-        [
-            occ_program(),
-            *map(str, dev["cc"]),
-            str(res["reg"]),
-            str(max(0, res["shared"] - (1024 if dev["cc"][0] >= 9 else 0))),
-            str(dyn),
-            str(thr),
-        ],
-        capture_output=True,
-        text=True,
-    ).stdout.split()
+def main_loop(instructions: Sequence[Instruction]) -> Sequence[Instruction]:
+    """The shortest loop that stores to global memory; the whole kernel where there is none."""
+    loops = []
+    for end in instructions:
+        start = end.jumps_back_to
+        if start is not None:
+            body = [i for i in instructions if start <= i.address <= end.address]
+            if any(i.opcode.startswith("STG") for i in body):
+                loops.append(body)
+    return min(loops, key=len, default=instructions)
 
 
-def card(name, cubin, match, floor_B, ld_B, st_B, elems_per_pass, thr, dyn=0, dev=H100, straight=False):
-    r = next(v for k, v in sass.res(cubin).items() if re.search(match, k))
-    ins = next(v for k, v in sass.sass(cubin).items() if re.search(match, k))
-    s = sass.summary(ins)
-    lp = None if straight else main_loop(ins)
-    t_is, ipe = issue_time(ins, elems_per_pass, dev, lp)
-    t_mem = (ld_B + st_B) / (dev["bw"] * dev["eff"])
-    o = occ(r, dyn, thr, dev)
-    wide = {k: v for k, v in s["mem"].items() if k.startswith(("LDG", "STG"))}
-    w128 = sum(v for k, v in wide.items() if ".128" in k)
-    print(
-        f"{name}: {ld_B + st_B:.2f} B/elem (floor {floor_B}), regs {r['reg']} spills {s['spill']} 128-bit {w128}/{sum(wide.values())} {s['mem']}, occupancy {o[3]}, {ipe:.1f} SASS/elem; t_mem {t_mem * 1e12:.2f} ps/elem, t_issue {t_is * 1e12:.2f} ps/elem -> {'memory' if t_mem > t_is else 'ISSUE'}-bound, {1e-12 / max(t_mem, t_is):.2f} Telem/s"
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds an element, if memory alone and if instructions alone took time; the larger bounds the kernel."""
+
+    memory: float
+    issue: float
+    instructions: float  # an element
+
+    @property
+    def bound(self) -> str:
+        return "memory" if self.memory >= self.issue else "issue"
+
+
+def estimate(body: Sequence[Instruction], elements: int, bytes_per_element: float, device: Device) -> Estimate:
+    """A lower bound of a kernel's time.
+
+    Args:
+        body: the instructions of one pass of a thread.
+        elements: that a thread completes in it.
+        bytes_per_element: of global memory, read and written.
+        device: the GPU.
+    """
+    executed = [i.opcode for i in body if i.opcode != "NOP"]
+    pipes: Counter[int] = Counter()
+    for opcode in executed:
+        rate = next((rate for pattern, rate in _THROUGHPUT if re.match(pattern, opcode)), _ISSUED)
+        pipes[rate] += 1
+    clocks = max([len(executed) / _ISSUED, *(n / rate for rate, n in pipes.items())])
+    return Estimate(
+        memory=bytes_per_element / (device.bandwidth * REACHABLE_BANDWIDTH),
+        issue=clocks / elements / (device.processors * device.clock),
+        instructions=len(executed) / elements,
     )
