@@ -168,6 +168,11 @@ class CudaLibrary:
         return self._modules[key]
 
 
+def cubin(source: str, architecture: int) -> Path:
+    """What ptxas makes of csrc/cuda/<source>.cu."""
+    return nvcc.compile_cubin(CSRC / "cuda" / f"{source}.cu", architecture, _INCLUDES)
+
+
 @cache
 def library() -> CudaLibrary:
     """The library, built and loaded at the first call."""
