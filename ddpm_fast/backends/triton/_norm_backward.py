@@ -8,13 +8,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ddpm_fast.backends.triton import _launch
+from ddpm_fast.backends.triton._layout import power_of_two
 from ddpm_fast.backends.triton._norm import (
     cut,
     images_of,
     is_channels_last,
     over_groups,
     parameter,
-    power_of_two,
     read_once,
     row_of,
     rows_of,
@@ -22,6 +22,7 @@ from ddpm_fast.backends.triton._norm import (
     sample_of,
     sample_stride,
     silu_derivative,
+    sum_over_samples,
     tile_of_sample,
     two_floats,
     workspace,
@@ -29,7 +30,6 @@ from ddpm_fast.backends.triton._norm import (
 
 _MOST_HELD = 8192  # elements of a program's groups, of x and of the gradient
 _MOST_COMBINED = 256  # channels of a program that combines partial results
-_SAMPLES = 32  # that are added up side by side
 
 
 @triton.jit
@@ -127,9 +127,7 @@ def norm_act_backward_once_kernel(
         embedding_sample_stride, embedding_channel_stride, GROUPS,
     )  # fmt: skip
     factor = w * one_plus_scale
-    xhat, grad = _differentiate(
-        x, grad, there, high, low, rstd, factor, tl.fma(b, one_plus_scale, t), ACTIVATION
-    )
+    xhat, grad = _differentiate(x, grad, there, high, low, rstd, factor, tl.fma(b, one_plus_scale, t), ACTIVATION)
     sums, products = tl.sum(grad, 1), tl.sum(grad * xhat, 1)
 
     row = n * CHANNELS + channel
@@ -343,40 +341,13 @@ def norm_act_backward_apply_kernel(
         embedding_sample_stride, embedding_channel_stride, GROUPS,
     )  # fmt: skip
     factor = w * one_plus_scale
-    xhat, grad = _differentiate(
-        x, grad, there, high, low, rstd, factor, tl.fma(b, one_plus_scale, t), ACTIVATION
-    )
+    xhat, grad = _differentiate(x, grad, there, high, low, rstd, factor, tl.fma(b, one_plus_scale, t), ACTIVATION)
     along = along_ptr + (n * GROUPS + group) * 2
     along_mean = tl.load(along, mask=present, other=0)
     along_xhat = tl.load(along + 1, mask=present, other=0)
     grad_v = tl.fma(grad, factor[:, None], -along_mean[:, None]) - xhat * along_xhat[:, None]
     grad_x = (grad_v * rstd[:, None]).to(grad_x_out_ptr.dtype.element_ty)
     tl.store(grad_x_out_ptr + n * grad_x_sample_stride + place, grad_x, mask=there)
-
-
-@triton.jit
-def sum_over_samples_kernel(
-    contributions_ptr,
-    weight_out_ptr,
-    bias_out_ptr,
-    samples,
-    SAMPLES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
-    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    weight = tl.zeros([SAMPLES, BLOCK], tl.float64)
-    bias = tl.zeros([SAMPLES, BLOCK], tl.float64)
-    for start in range(0, samples, SAMPLES):
-        n = start + tl.arange(0, SAMPLES)
-        there = (n < samples)[:, None] & (channel < CHANNELS)[None, :]
-        place = n.to(tl.int64)[:, None] * (2 * CHANNELS) + channel[None, :]
-        weight += tl.load(contributions_ptr + place, mask=there, other=0).to(tl.float64)
-        bias += tl.load(contributions_ptr + CHANNELS + place, mask=there, other=0).to(tl.float64)
-    if weight_out_ptr is not None:
-        tl.store(weight_out_ptr + channel, tl.sum(weight, 0).to(tl.float32), mask=channel < CHANNELS)
-    if bias_out_ptr is not None:
-        tl.store(bias_out_ptr + channel, tl.sum(bias, 0).to(tl.float32), mask=channel < CHANNELS)
 
 
 def norm_act_backward(
@@ -457,17 +428,5 @@ def norm_act_backward(
             _launch.launch(
                 norm_act_backward_apply_kernel, grid, *inputs, *statistics, *parameters, along, *result, **tiled
             )
-    if summed:
-        block = min(power_of_two(channels), 64)
-        _launch.launch(
-            sum_over_samples_kernel,
-            (-(-channels // block),),
-            contributions,
-            grad_weight,
-            grad_bias,
-            samples,
-            num_warps=4,
-            SAMPLES=_SAMPLES,
-            BLOCK=block,
-            CHANNELS=channels,
-        )
+    if contributions is not None:
+        sum_over_samples(contributions, grad_weight, grad_bias)
