@@ -150,7 +150,9 @@ def extensions() -> dict[str, object]:
                     elif wish == "1":
                         raise
                     else:
-                        failed("CUDA", error, "its other backends work", f"see that {nvcc} works, or set DDPM_FAST_CUDA=0")
+                        failed(
+                            "CUDA", error, "its other backends work", f"see that {nvcc} works, or set DDPM_FAST_CUDA=0"
+                        )
             self.extensions = built
 
     def module(name: str, sources: list[str], flags: list[str], link: list[str]) -> Extension:

@@ -68,7 +68,15 @@ CASES = [
     Case((300, 3, 5), "contiguous", "contiguous", torch.float32, "x_prev", "fixed", "seed", True, "threshold", True),
     Case((2, 300, 3, 3), LAST, LAST, torch.float32, "epsilon", "learned", bound="threshold"),
     Case((1, 2, 5, 7, 9), "contiguous", "contiguous", torch.float16, "x0", "learned", "given", offset=3, in_place=True),
-    Case((2, 3, 16, 16), "contiguous", "contiguous", torch.float16, noise="given", guided=True, other_dtype=torch.bfloat16),
+    Case(
+        (2, 3, 16, 16),
+        "contiguous",
+        "contiguous",
+        torch.float16,
+        noise="given",
+        guided=True,
+        other_dtype=torch.bfloat16,
+    ),
 ]
 MORE_CASES = [
     Case((2, 4, 16, 16), LAST, LAST, torch.float16, prediction, variance, noise, guided, bound, x0, in_place=guided)
@@ -175,7 +183,22 @@ def test_a_row_outside_the_table_stops_the_kernel() -> None:
     for index in (-1, 1000):
         with simulate.backend("cuda"), pytest.raises(RuntimeError, match="trap"):
             DENOISE["cuda"](
-                x, x, None, rows, torch.tensor([index]), 0, 0, None, None, None, None, None, None, 1, torch.empty(1, 4), None
+                x,
+                x,
+                None,
+                rows,
+                torch.tensor([index]),
+                0,
+                0,
+                None,
+                None,
+                None,
+                None,
+                None,
+                None,
+                1,
+                torch.empty(1, 4),
+                None,
             )
 
 
@@ -221,9 +244,7 @@ def test_memory(dtype: torch.dtype, layout: str) -> None:
     output, out = laid_out(torch.randn(1, 3, 32, 32).to(dtype), layout), torch.empty_like(x_t)
     rows, index = ddpm_table(SCHEDULE).rows, torch.tensor([17])
     launch = traced(
-        lambda: DENOISE["cuda"](
-            x_t, output, None, rows, index, 0, 0, -1.0, 1.0, None, None, SEED, None, 1, out, None
-        )
+        lambda: DENOISE["cuda"](x_t, output, None, rows, index, 0, 0, -1.0, 1.0, None, None, SEED, None, 1, out, None)
     )
     assert launch.stats["st_bytes"] == bytes_of(launch, "st.global", (16,)) == out.nbytes
     wide = x_t.nbytes + (output.nbytes if dtype == torch.float32 else 0)
