@@ -1,7 +1,7 @@
 """Builds the extensions: LibTorch Stable ABI, limited Python API, one file for every Python and torch to come.
 
-ddpm_fast._C holds the CPU kernels. ddpm_fast._cuda holds the CUDA kernels and is built where nvcc is, with any torch and
-with or without a GPU; it is loaded under a torch with CUDA alone.
+ddpm_fast._C holds the CPU kernels. ddpm_fast._cuda holds the CUDA kernels and is built where nvcc is, with any torch
+and with or without a GPU; it is loaded under a torch with CUDA alone.
 
 DDPM_FAST_GENERIC=1   compiles the portable path of the CPU kernels alone, the one that other architectures take.
 DDPM_FAST_NO_EXTENSION=1   installs without any extension: everything then runs on the reference and Triton backends.

@@ -1,4 +1,4 @@
-"""Runs the CUDA backend on CPU tensors: shipped host code, and each launch the kernel's PTX under the simulator's checks."""
+"""Runs the CUDA backend on CPU tensors: host code as it ships, each launch the PTX under the simulator's checks."""
 
 from __future__ import annotations
 
