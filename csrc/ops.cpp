@@ -10,6 +10,7 @@ STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
   m.impl("noising.cpu", TORCH_BOX(&ddpm_fast::noising));
   m.impl("noising_random.cpu", TORCH_BOX(&ddpm_fast::noising_random));
   m.impl("denoise.cpu", TORCH_BOX(&ddpm_fast::denoise));
+  m.impl("abs_quantile.cpu", TORCH_BOX(&ddpm_fast::abs_quantile));
   m.impl("norm_act.cpu", TORCH_BOX(&ddpm_fast::norm_act));
   m.impl("norm_act_backward.cpu", TORCH_BOX(&ddpm_fast::norm_act_backward));
   m.impl("rms_norm_act.cpu", TORCH_BOX(&ddpm_fast::rms_norm_act));

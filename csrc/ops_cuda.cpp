@@ -10,6 +10,7 @@ STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CUDA, m) {
   m.impl("noising.cuda", TORCH_BOX(&ddpm_fast::cuda::noising));
   m.impl("noising_random.cuda", TORCH_BOX(&ddpm_fast::cuda::noising_random));
   m.impl("denoise.cuda", TORCH_BOX(&ddpm_fast::cuda::denoise));
+  m.impl("abs_quantile.cuda", TORCH_BOX(&ddpm_fast::cuda::abs_quantile));
   m.impl("norm_act.cuda", TORCH_BOX(&ddpm_fast::cuda::norm_act));
   m.impl("norm_act_backward.cuda", TORCH_BOX(&ddpm_fast::cuda::norm_act_backward));
   m.impl("rms_norm_act.cuda", TORCH_BOX(&ddpm_fast::cuda::rms_norm_act));

@@ -23,6 +23,11 @@ inline int processors() {
 
 inline dim3 to_dim3(Grid grid) { return dim3(grid.x, grid.y, grid.z); }
 
+inline const char* launch_error() {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
 // Whether a tensor, if there is one, lies in the target's order and has a dtype.
 inline bool is_plain(const void* data, const View& view, Type type) {
   return data == nullptr || (view.in_order && view.type == type);
@@ -59,8 +64,7 @@ const char* launch_walk(Layout layout, bool tiled, bool general, int vector, con
   } else {
     run_with(std::false_type(), plan_flat(target.samples, target.size(), vector, processors()), 0);
   }
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return launch_error();
 }
 
 }  // namespace cuda

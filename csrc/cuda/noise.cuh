@@ -43,8 +43,8 @@ DDPM_FAST_INLINE int channels_at_once(int pitch) { return 1 << ::min(__ffs(pitch
 
 static __device__ void fill_tile(float* tile, const Tile& at, int64_t pixels, const NoiseKey& noise) {
   const int side = channels_at_once(at.pitch);
-  // Blocks of four that a run of so many pixels touches, however it is aligned.
-  const int blocks = (at.pixels + 6) / 4, row = blocks * side;
+  // Blocks of four that a run of so many pixels touches, in the channel where it is aligned worst.
+  const int blocks = (at.pixels + (pixels % 4 == 0 ? 3 : 6)) / 4, row = blocks * side;
   const int tasks = (at.channels + side - 1) / side * row;
   const int turn = threadIdx.x % 32 / ::max(side, 8);
 #pragma unroll 1

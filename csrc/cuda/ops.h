@@ -17,6 +17,8 @@ void noising(Tensor x0, Tensor t, Tensor coefficients, Tensor noise, Tensor out)
 void noising_random(Tensor x0, Tensor t, Tensor coefficients, Tensor seed, std::optional<Tensor> sample_ids,
                     Tensor step, int64_t stream, Tensor out, Tensor noise);
 
+void abs_quantile(Tensor x, double q, Tensor out);
+
 void denoise(Tensor x_t, Tensor model_output, std::optional<Tensor> unconditional, Tensor coefficients, Tensor index,
              int64_t prediction, int64_t variance, std::optional<double> clip_low, std::optional<double> clip_high,
              std::optional<Tensor> threshold, std::optional<Tensor> noise, std::optional<Tensor> seed,

@@ -33,6 +33,10 @@ inline Grid plan_flat(int64_t samples, int64_t size, int vector, int processors)
   return limited(ceil_div(size, int64_t{kThreads} * vector), samples, 1, processors);
 }
 
+// Groups of elements that a thread of the quantile's counting takes at least: a block's own counts take as long to clear
+// and to add up as that many to count.
+constexpr int kCountedGroups = 8;
+
 // Noise for a channels_last image: a call of Philox serves four pixels of a channel, which lie apart. A block makes the
 // noise of a tile, pixels times channels, in shared memory and then walks through it in memory order.
 struct TilePlan {

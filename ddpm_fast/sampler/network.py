@@ -112,7 +112,8 @@ class BoundNetwork:
         if self.halves or dtype != x.dtype:
             self.input = torch.empty((batch, *self.shape[1:]), dtype=dtype, device=x.device, memory_format=layout(x))
         # A row for each step, cut beforehand: the loop then neither builds a tensor nor waits for one.
-        self.times = timesteps.to(x.device)[:, None].expand(-1, batch).contiguous().unbind()
+        self.time_rows = timesteps.to(x.device)[:, None].expand(-1, batch).contiguous()
+        self.times = self.time_rows.unbind()
 
     def time(self, i: int, batch: int) -> Tensor:
         """What the network gets as t in step i, for a batch of that size."""
@@ -121,10 +122,17 @@ class BoundNetwork:
 
     def __call__(self, i: int, x0: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The network's output for step i, and the unconditional one under guidance."""
+        return self._outputs(self.time(i, self.input.shape[0]), x0)
+
+    def at(self, number: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same for the step whose number the tensor, of one element, holds."""
+        time = self.time_rows.index_select(0, number).squeeze(0)
+        return self._outputs(time if self.time_function is None else self.time_function(time), None)
+
+    def _outputs(self, time: Tensor, x0: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.input is not self.x:
             for part in self.input.chunk(2) if self.halves else (self.input,):
                 part.copy_(self.x)
-        time = self.time(i, self.input.shape[0])
         last: dict[str, Any] = {}
         if self.self_condition is not None:
             if x0 is not None:
