@@ -1,6 +1,6 @@
 """What can be said about a GPU kernel without running it on a GPU: assertions for the kernels' tests.
 
-Of compiled code (a cubin): spills, registers and access widths. Of PTX: how floats are rounded. Of a run in the simulator
+Of compiled code (a cubin): spills, registers, access widths. Of PTX: how floats are rounded. Of a run in the simulator
 (`simulate.Launch`, with `trace=` for the last two): bytes moved, coalescing, bank conflicts.
 """
 
