@@ -26,7 +26,7 @@ from tests.ops.test_norm_act import HARD, NAMES, case_id, exact, parameters, pla
 
 Case = tuple[tuple[int, ...], int]
 
-# (architecture, dtype): each of both once in every run, since translating a kernel's PTX takes seconds; others are slow.
+# (architecture, dtype): each of both once in every run, since translating a kernel takes seconds; the others are slow.
 QUICK = [(80, torch.float32), (90, torch.bfloat16), (120, torch.float16)]
 TARGETS = [
     pytest.param(a, d, id=f"sm_{a}-{d}", marks=() if (a, d) in QUICK else pytest.mark.slow)

@@ -54,7 +54,9 @@ CASES = [
     Case((1, 2, 5, 7, 9), "contiguous", "contiguous", torch.float64, "x0", "learned", "given", offset=3),
 ]
 MORE_CASES = [
-    Case((2, 4, 16, 16), "channels_last", "channels_last", torch.float16, prediction, variance, noise, guided, bound, x0)
+    Case(
+        (2, 4, 16, 16), "channels_last", "channels_last", torch.float16, prediction, variance, noise, guided, bound, x0
+    )
     for prediction, variance, noise, guided, bound, x0 in (
         ("epsilon", "fixed", "given", True, "none", False),
         ("x0", "fixed", "seed", False, "clip", True),

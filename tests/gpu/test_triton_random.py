@@ -41,7 +41,13 @@ def case_id(case: tuple[tuple[int, ...], str, torch.dtype, int]) -> str:
 
 
 def agrees(
-    shape: tuple[int, ...], layout: str, dtype: torch.dtype, offset: int, target: int, stream: int = 3, **arguments: Tensor
+    shape: tuple[int, ...],
+    layout: str,
+    dtype: torch.dtype,
+    offset: int,
+    target: int,
+    stream: int = 3,
+    **arguments: Tensor,
 ) -> None:
     like = torch.empty(shape, dtype=dtype)
     like = laid_out(like, layout) if len(shape) == 4 else like
