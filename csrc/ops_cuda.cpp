@@ -13,6 +13,8 @@ STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CUDA, m) {
   m.impl("abs_quantile.cuda", TORCH_BOX(&ddpm_fast::cuda::abs_quantile));
   m.impl("norm_act.cuda", TORCH_BOX(&ddpm_fast::cuda::norm_act));
   m.impl("norm_act_backward.cuda", TORCH_BOX(&ddpm_fast::cuda::norm_act_backward));
+  m.impl("rms_norm_act.cuda", TORCH_BOX(&ddpm_fast::cuda::rms_norm_act));
+  m.impl("rms_norm_act_backward.cuda", TORCH_BOX(&ddpm_fast::cuda::rms_norm_act_backward));
 }
 
 static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};

@@ -1,39 +1,11 @@
 #include "norm_act.h"
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor_inl.h>
-#include <torch/headeronly/util/Exception.h>
-
+#include "norm_arguments.h"
 #include "ops.h"
-#include "tensors.h"
 
 namespace ddpm_fast {
 namespace cuda {
 namespace {
-
-using Optional = std::optional<Tensor>;
-
-bool beside(const Tensor& tensor, const Tensor& x) {
-  return tensor.is_cpu() == x.is_cpu() && tensor.get_device_index() == x.get_device_index();
-}
-
-Image image_like(const Tensor& tensor, const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type() && beside(tensor, x) && tensor.dim() == x.dim(), name,
-                  " must be of x's dtype, device and shape");
-  for (int64_t d = 0; d < x.dim(); ++d)
-    STD_TORCH_CHECK(tensor.size(d) == x.size(d), name, " must have x's shape");
-  return dense_image_of(tensor, name);
-}
-
-Parameter parameter(const Optional& tensor, bool per_sample, const Tensor& x, const char* name) {
-  if (!tensor) return {};
-  const int64_t dim = tensor->dim();
-  STD_TORCH_CHECK(dim == (per_sample ? 2 : 1) && tensor->size(dim - 1) == x.size(1) &&
-                      (!per_sample || tensor->size(0) == x.size(0)) && beside(*tensor, x),
-                  name, " must be on x's device and of ", per_sample ? "shape (N, C)" : "shape (C,)");
-  return {tensor->const_data_ptr(), {per_sample ? tensor->stride(0) : 0, tensor->stride(dim - 1),
-                                     result_type(*tensor, name)}};
-}
 
 double* statistics(const Optional& tensor, const NormActShape& shape, const Tensor& x, const char* name) {
   if (!tensor) return nullptr;
@@ -43,32 +15,12 @@ double* statistics(const Optional& tensor, const NormActShape& shape, const Tens
   return static_cast<double*>(tensor->mutable_data_ptr());
 }
 
-float* gradient(const Optional& tensor, int64_t size, const Tensor& x, const char* name) {
-  if (!tensor) return nullptr;
-  STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float && tensor->is_contiguous() && beside(*tensor, x) &&
-                      tensor->numel() == size,
-                  name, " must be a contiguous float32 tensor of ", size, " elements");
-  return static_cast<float*>(tensor->mutable_data_ptr());
-}
-
-// Places in a sample are counted in int; a batch may have any number of elements.
-constexpr int64_t kMostOfDimension = int64_t{1} << 30;
-
 NormActShape shape_of(const Tensor& x, const Image& image, Order order, int64_t num_groups) {
-  STD_TORCH_CHECK(x.dim() >= 2 && image.channels > 0 && image.pixels > 0,
-                  "x must be (N, C, *) with at least one channel and one pixel");
-  STD_TORCH_CHECK(image.channels <= kMostOfDimension && image.pixels <= kMostOfDimension,
-                  "x must have at most 2^30 channels, and pixels in each");
+  check_image(x, image);
   STD_TORCH_CHECK(num_groups >= 1 && image.channels % num_groups == 0, "num_groups must divide x's ", image.channels,
                   " channels, not be ", num_groups);
   const int element_size = size_of(result_type(x, "x"));
   return {image.samples, image.channels, image.pixels, num_groups, order == Order::kChannelsLast, element_size};
-}
-
-// Kept until the kernels are on their stream; PyTorch gives the memory to nobody on another stream after that.
-Tensor workspace(const Tensor& x, int64_t bytes) {
-  const int64_t size[] = {(bytes + 7) / 8};
-  return torch::stable::new_empty(x, size, ScalarType::Double);
 }
 
 }  // namespace

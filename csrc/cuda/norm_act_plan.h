@@ -105,6 +105,8 @@ inline NormActPlan plan_first(const NormActShape& shape, const NormActDevice& de
     step = step_of(plan.parts);
   } else {
     step = round_up(split_bytes(size * item * shape.groups) / item, vector);
+    // Channels of few pixels take more memory for their coefficients than for themselves.
+    while (shared(step) + kOther > tile_limit(device)) step = round_up(step / 2, vector);
     plan.parts = static_cast<int>(divide_up(size, step));
   }
   const Spans spans = spans_of(shape, step);

@@ -34,5 +34,12 @@ void norm_act_backward(Tensor grad_out, Tensor x, Tensor mean, Tensor rstd, int6
                        std::optional<Tensor> grad_bias, std::optional<Tensor> grad_scale,
                        std::optional<Tensor> grad_shift, std::optional<Tensor> grad_embedding);
 
+void rms_norm_act(Tensor x, std::optional<Tensor> weight, std::optional<Tensor> scale, std::optional<Tensor> shift,
+                  double eps, int64_t activation, Tensor out, std::optional<Tensor> rrms);
+void rms_norm_act_backward(Tensor grad_out, Tensor x, Tensor rrms, std::optional<Tensor> weight,
+                           std::optional<Tensor> scale, std::optional<Tensor> shift, double eps, int64_t activation,
+                           std::optional<Tensor> grad_x, std::optional<Tensor> grad_weight,
+                           std::optional<Tensor> grad_scale, std::optional<Tensor> grad_shift);
+
 }  // namespace cuda
 }  // namespace ddpm_fast

@@ -8,6 +8,7 @@ parameters.
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import os
 import re
@@ -19,6 +20,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch.utils import cpp_extension
@@ -33,12 +35,23 @@ ARCHITECTURES = (80, 90, 120)
 RUNTIME = Path(__file__).parent / "fake_cuda" / "runtime.cpp"
 
 CXX = os.environ.get("CXX", "g++").split()
-# As setup.py has them for the extension.
-ABI_FLAGS = ("-DTORCH_TARGET_VERSION=0x020a000000000000", "-DUSE_CUDA")
-HOST_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-w", "-fvisibility=hidden")
 HOST_SOURCES = ("ops_cuda.cpp", "arguments.cpp", "image.cpp", "cuda/*.cpp")
+
+
+def _setting(name: str) -> list[str]:
+    """A constant of setup.py: what the extension is compiled with."""
+    for statement in ast.parse((ROOT / "setup.py").read_text()).body:
+        if isinstance(statement, ast.Assign) and any(
+            isinstance(t, ast.Name) and t.id == name for t in statement.targets
+        ):
+            return list(ast.literal_eval(statement.value))
+    raise LookupError(f"setup.py has no {name}")
+
+
 _INCLUDES = (f"-I{CSRC / 'include'}", f"-I{CSRC}")
-NVCC_FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC")
+NVCC_FLAGS = (*_setting("NVCC_FLAGS"), "-lineinfo")
+# The host's code is quick to compile rather than to run.
+HOST_FLAGS = (*_setting("ABI_FLAGS"), *_setting("CXX_FLAGS"), "-O0", "-fPIC")
 
 
 class FakeLaunch(ctypes.Structure):
@@ -90,7 +103,7 @@ def _compile_device(source: Path, folder: Path, architectures: Sequence[int]) ->
 def _compile_host(source: Path, folder: Path) -> list[Path]:
     out = folder / f"{source.stem}.host.o"
     system = [f"-isystem{path}" for path in (sysconfig.get_path("include"), *cpp_extension.include_paths())]
-    _run([*CXX, *HOST_FLAGS, *ABI_FLAGS, *_INCLUDES, *system, "-c", source, "-o", out])
+    _run([*CXX, *HOST_FLAGS, *_INCLUDES, *system, "-c", source, "-o", out])
     return [out]
 
 
@@ -140,10 +153,11 @@ def build(architectures: tuple[int, ...] = ARCHITECTURES) -> Path:
 class CudaLibrary:
     """The loaded library. There is one in a process, since it registers operators with torch."""
 
+    modules: ClassVar[dict[tuple[int, str], Module]] = {}  # by architecture and kernel
+
     def __init__(self) -> None:
         self._folder = build()
         self._library = ctypes.CDLL(str(self._folder / "library.so"))
-        self._modules: dict[tuple[int, str], Module] = {}
         self._callback: object = None
 
     def configure(self, device: Device, on_launch: LaunchCallback) -> None:
@@ -159,13 +173,18 @@ class CudaLibrary:
     def module(self, architecture: int, kernel: str) -> Module:
         """The translated module that has a kernel, and no other kernel of its file."""
         key = architecture, kernel
-        if key not in self._modules:
+        if key not in self.modules:
             (text,) = [t for t in self.ptx(architecture).values() if re.search(rf"\.entry\s+{re.escape(kernel)}\b", t)]
             module = Module(text, only=f"^{re.escape(kernel)}$")
             if module.unsupported:
                 raise NotImplementedError(f"{kernel}: {module.unsupported}")
-            self._modules[key] = module
-        return self._modules[key]
+            self.modules[key] = module
+        return self.modules[key]
+
+
+def cubin(source: str, architecture: int) -> Path:
+    """What ptxas makes of csrc/cuda/<source>.cu."""
+    return nvcc.compile_cubin(CSRC / "cuda" / f"{source}.cu", architecture, [*_setting("NVCC_FLAGS"), *_INCLUDES])
 
 
 @cache

@@ -30,6 +30,13 @@ from tests.gpu import cuda_library
 from tests.gpu.ptx.devices import DEVICES
 from tests.gpu.ptx.staging import Span, span_of
 
+_EMPTY = {
+    torch.ops.aten.empty,
+    torch.ops.aten.empty_like,
+    torch.ops.aten.empty_strided,
+    torch.ops.aten.new_empty,
+    torch.ops.aten.new_empty_strided,
+}
 _CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
 
@@ -69,6 +76,13 @@ class _Memory:
         return self.knows(tensor) and _storage(tensor) not in {_storage(t) for t, writable in self.tensors if writable}
 
 
+def _unwritten(result: Any, func: Any) -> Any:
+    """Fills memory that was allocated without a value with NaN, so that a kernel that misses a place is seen."""
+    if func.overloadpacket in _EMPTY and result.numel():
+        result.fill_(float("nan") if result.is_floating_point() else 1)
+    return result
+
+
 class _Allocations(TorchDispatchMode):
     """Notes the tensors that an operator allocates for its kernels."""
 
@@ -77,7 +91,7 @@ class _Allocations(TorchDispatchMode):
         self._memory = memory
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = _unwritten(func(*args, **(kwargs or {})), func)
         for tensor in result if isinstance(result, tuple | list) else [result]:
             if isinstance(tensor, Tensor) and not self._memory.knows(tensor):
                 self._memory.add(tensor, writable=True)
@@ -96,7 +110,7 @@ class _Simulation(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace != "ddpm_fast" or func._overloadname != self._name:
-            return func(*args, **(kwargs or {}))
+            return _unwritten(func(*args, **(kwargs or {})), func)
         self._memory = _Memory()
         for value, argument in zip(args, func._schema.arguments, strict=False):
             writable = argument.alias_info is not None and argument.alias_info.is_write

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
 import ddpm_fast as df
 from ddpm_fast.backends.reference import noising as reference
-from ddpm_fast.backends.triton import _layout, noising
-
-from ..ops.common import laid_out, same_bits, shape_id
-from .triton_runs import (
-    ARCHITECTURES,
-    Call,
-    blank,
-    moved,
-    recorded,
-    rounds_every_operation,
-    simulated,
-    spills_nothing,
-    spills_nothing_on_hip,
-    under_every_schedule,
-)
+from ddpm_fast.backends.triton import _layout
+from ddpm_fast.ops.noising import NOISING, NOISING_RANDOM
+from tests.gpu import simulate
+from tests.gpu.triton_runs import blank, moved, under_every_schedule
+from tests.ops.common import laid_out, same_bits, shape_id
 
 SEED = torch.tensor([-77])
 COEFFICIENTS = df.NoiseSchedule.linear(1000).noising_coefficients(torch.device("cpu"))
@@ -66,7 +54,7 @@ def makes_the_noise(case: Case, target: int) -> None:
 
     def run() -> tuple[Tensor, Tensor]:
         out, noise = blank(x0, dtype, case[3]), blank(x0, dtype, case[3])
-        noising.noising_random(x0, t, COEFFICIENTS, SEED, ids, step, 2, out, noise)
+        NOISING_RANDOM["triton"](x0, t, COEFFICIENTS, SEED, ids, step, 2, out, noise)
         return out, noise
 
     got = under_every_schedule(run, target)
@@ -97,7 +85,7 @@ def takes_the_noise(case: Case, layout: str, dtype: torch.dtype, target: int) ->
 
     def run() -> tuple[Tensor]:
         out = blank(x0, torch.float32 if x0.dtype == torch.uint8 else x0.dtype)
-        noising.noising(x0, t, COEFFICIENTS, noise, out)
+        NOISING["triton"](x0, t, COEFFICIENTS, noise, out)
         return (out,)
 
     (got,) = under_every_schedule(run, target)
@@ -132,42 +120,7 @@ def test_64_bit_offsets_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_sample_launches_nothing() -> None:
     x0, t = torch.empty(0, 3, 4, 4), torch.empty(0, dtype=torch.int64)
-    with simulated() as calls:
-        noising.noising(x0, t, COEFFICIENTS, x0, x0.clone())
-        noising.noising_random(x0, t, COEFFICIENTS, SEED, None, torch.tensor([0]), 2, x0.clone(), x0.clone())
-    assert not calls
-
-
-@pytest.fixture(scope="module")
-def calls() -> list[Call]:
-    t, step = torch.tensor([1]), torch.tensor([0])
-    with recorded() as launched:
-        for dtype in (torch.float32, torch.bfloat16):
-            for layout in ("contiguous", "channels_last"):
-                x0 = laid_out(torch.empty(1, 4, 16, 16, dtype=dtype), layout)
-                out, noise = torch.empty_like(x0), torch.empty_like(x0)
-                noising.noising_random(x0, t, COEFFICIENTS, SEED, None, step, 2, out, noise)
-            noising.noising(x0, t, COEFFICIENTS, noise, out)
-    return launched
-
-
-@pytest.mark.parametrize("target", ARCHITECTURES)
-def test_every_operation_is_rounded_on_its_own(calls: list[Call], target: int) -> None:
-    for call in calls:
-        rounds_every_operation(call.compiled(target).asm["ptx"])
-
-
-@pytest.mark.parametrize("target", ARCHITECTURES)
-def test_registers_and_accesses(calls: list[Call], target: int, tmp_path: Path) -> None:
-    for call in calls:
-        machine = spills_nothing(call, target, tmp_path)
-        assert machine.registers <= 64
-        images = 2  # read and written: x0 and the given noise, and x_t, or x0, and x_t and its noise
-        assert machine.instructions["LDG.E.128"] + machine.instructions["STG.E.128"] == images + 1
-        assert not any(name.endswith(("U16", "U8")) for name in machine.instructions if name[:3] in ("LDG", "STG"))
-
-
-@pytest.mark.parametrize("architecture", ["gfx942", "gfx1100"])
-def test_compiles_for_hip(calls: list[Call], architecture: str) -> None:
-    for call in calls:
-        spills_nothing_on_hip(call, architecture)
+    with simulate.backend("triton") as launches:
+        NOISING["triton"](x0, t, COEFFICIENTS, x0, x0.clone())
+        NOISING_RANDOM["triton"](x0, t, COEFFICIENTS, SEED, None, torch.tensor([0]), 2, x0.clone(), x0.clone())
+    assert not launches

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
 from ddpm_fast.backends.reference import random as reference
-from ddpm_fast.backends.triton import _layout, random
-
-from ..ops.common import laid_out, same_bits, shape_id
-from .triton_runs import (
-    ARCHITECTURES,
-    Call,
-    blank,
-    recorded,
-    rounds_every_operation,
-    simulated,
-    spills_nothing,
-    spills_nothing_on_hip,
-    under_every_schedule,
-)
+from ddpm_fast.backends.triton import _layout
+from ddpm_fast.ops.random import NORMAL
+from tests.gpu import simulate
+from tests.gpu.triton_runs import ARCHITECTURES, blank, under_every_schedule
+from tests.ops.common import laid_out, same_bits, shape_id
 
 # Several tiles a sample; sizes no multiple of a vector or of a block of the noise; one element; more channels than a
 # tile has; 1-D, 2-D, 3-D and 5-D; (shape, layout, dtype, elements behind an aligned address).
@@ -52,7 +41,13 @@ def case_id(case: tuple[tuple[int, ...], str, torch.dtype, int]) -> str:
 
 
 def agrees(
-    shape: tuple[int, ...], layout: str, dtype: torch.dtype, offset: int, target: int, stream: int = 3, **arguments: Tensor
+    shape: tuple[int, ...],
+    layout: str,
+    dtype: torch.dtype,
+    offset: int,
+    target: int,
+    stream: int = 3,
+    **arguments: Tensor,
 ) -> None:
     like = torch.empty(shape, dtype=dtype)
     like = laid_out(like, layout) if len(shape) == 4 else like
@@ -61,7 +56,7 @@ def agrees(
 
     def draw() -> tuple[Tensor]:
         out = blank(like, offset=offset)
-        random.normal(out, SEED, ids, step, stream)
+        NORMAL["triton"](out, SEED, ids, step, stream)
         return (out,)
 
     (got,) = under_every_schedule(draw, target)
@@ -96,55 +91,17 @@ def test_64_bit_offsets_change_nothing(layout: str, monkeypatch: pytest.MonkeyPa
 def test_sample_numbers_default_to_the_batchs_and_one_step_serves_all() -> None:
     out, expected = torch.full((3, 9), torch.nan), torch.empty(3, 9)
     step = torch.tensor([7])
-    with simulated():
-        random.normal(out, SEED, None, step, 0)
+    with simulate.backend("triton"):
+        NORMAL["triton"](out, SEED, None, step, 0)
     reference.normal(expected, SEED, None, step, 0)
     assert same_bits(out, expected)
 
 
 def test_nothing_to_fill_launches_nothing() -> None:
-    with simulated() as calls:
-        random.normal(torch.empty(0, 3), SEED, None, torch.tensor([1]), 0)
-        random.normal(torch.empty(3, 0), SEED, None, torch.tensor([1]), 0)
-    assert not calls
-
-
-@pytest.fixture(scope="module")
-def calls() -> list[Call]:
-    with recorded() as launched:
-        for dtype in (torch.float32, torch.bfloat16):
-            for layout in ("contiguous", "channels_last"):
-                out = laid_out(torch.empty(1, 4, 16, 16, dtype=dtype), layout)
-                random.normal(out, SEED, None, torch.tensor([1]), 1)
-    return launched
-
-
-@pytest.mark.parametrize("target", ARCHITECTURES)
-def test_every_operation_is_rounded_on_its_own(calls: list[Call], target: int) -> None:
-    for call in calls:
-        rounds_every_operation(call.compiled(target).asm["ptx"])
-
-
-@pytest.mark.parametrize("target", ARCHITECTURES)
-def test_registers_and_accesses(calls: list[Call], target: int, tmp_path: Path) -> None:
-    for call in calls:
-        machine = spills_nothing(call, target, tmp_path)
-        assert machine.registers <= 64  # a full multiprocessor at 1024 threads
-        assert machine.accesses("STG") == {"STG.E.128": 1}
-
-
-def test_one_block_of_words_serves_four_elements(calls: list[Call]) -> None:
-    """Ten rounds of two widening multiplications for a block; a warp's words but the block's number are constant."""
-    for call in calls:
-        blocks = call.keywords["BLOCK"] // (4 * 32 * call.keywords["num_warps"])
-        ptx = call.compiled(90).asm["ptx"]
-        assert ptx.count("mul.wide.u32") <= 20 * blocks
-
-
-@pytest.mark.parametrize("architecture", ["gfx942", "gfx1100"])
-def test_compiles_for_hip(calls: list[Call], architecture: str) -> None:
-    for call in calls:
-        spills_nothing_on_hip(call, architecture)
+    with simulate.backend("triton") as launches:
+        NORMAL["triton"](torch.empty(0, 3), SEED, None, torch.tensor([1]), 0)
+        NORMAL["triton"](torch.empty(3, 0), SEED, None, torch.tensor([1]), 0)
+    assert not launches
 
 
 def test_the_tiling_covers_every_sample() -> None:

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ddpm_fast.backends.triton import _launch
 from ddpm_fast.backends.triton._layout import Image, image_of, is_wide, power_of_two
 
 _WARP = 32
@@ -17,6 +18,8 @@ _MOST_WARPS = 16
 _SECTOR = 32  # bytes of the least access to memory
 _TILE = 8192  # elements of a tile where a group is cut
 _CHANNELS = 32  # of such a tile in channels_last memory: two sectors and more of any dtype
+_SAMPLES = 32  # that are added up side by side
+_BLOCK = 64  # channels of a program that adds them up
 
 
 class Once(NamedTuple):
@@ -111,7 +114,7 @@ def row_of(parameter: Tensor | None) -> tuple[Tensor | None, int]:
 
 def rows_of(parameter: Tensor | None) -> tuple[Tensor | None, int, int]:
     """A (N, C) parameter and its strides."""
-    return (None, 0, 0) if parameter is None else (parameter, *parameter.stride())
+    return (None, 0, 0) if parameter is None else (parameter, parameter.stride(0), parameter.stride(1))
 
 
 def workspace(x: Tensor, *shape: int) -> Tensor:
@@ -205,3 +208,46 @@ def silu_derivative(z):
     """s (1 + z (1 - s)), s = sigmoid(z)."""
     s = 1.0 / one_plus_exp_neg(z)
     return tl.fma(s, z * (1.0 - s), s)
+
+
+@triton.jit
+def sum_over_samples_kernel(
+    contributions_ptr,
+    weight_out_ptr,
+    bias_out_ptr,
+    samples,
+    SAMPLES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    weight = tl.zeros([SAMPLES, BLOCK], tl.float64)
+    bias = tl.zeros([SAMPLES, BLOCK], tl.float64)
+    for start in range(0, samples, SAMPLES):
+        n = start + tl.arange(0, SAMPLES)
+        there = (n < samples)[:, None] & (channel < CHANNELS)[None, :]
+        place = n.to(tl.int64)[:, None] * (2 * CHANNELS) + channel[None, :]
+        weight += tl.load(contributions_ptr + place, mask=there, other=0).to(tl.float64)
+        bias += tl.load(contributions_ptr + CHANNELS + place, mask=there, other=0).to(tl.float64)
+    if weight_out_ptr is not None:
+        tl.store(weight_out_ptr + channel, tl.sum(weight, 0).to(tl.float32), mask=channel < CHANNELS)
+    if bias_out_ptr is not None:
+        tl.store(bias_out_ptr + channel, tl.sum(bias, 0).to(tl.float32), mask=channel < CHANNELS)
+
+
+def sum_over_samples(contributions: Tensor, grad_weight: Tensor | None, grad_bias: Tensor | None) -> None:
+    """Gradients (C,) of weight and bias from those of each sample, (N, 2, C)."""
+    samples, _, channels = contributions.shape
+    block = min(power_of_two(channels), _BLOCK)
+    _launch.launch(
+        sum_over_samples_kernel,
+        (-(-channels // block),),
+        contributions,
+        grad_weight,
+        grad_bias,
+        samples,
+        num_warps=4,
+        SAMPLES=_SAMPLES,
+        BLOCK=block,
+        CHANNELS=channels,
+    )

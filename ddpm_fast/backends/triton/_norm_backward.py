@@ -8,13 +8,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ddpm_fast.backends.triton import _launch
+from ddpm_fast.backends.triton._layout import power_of_two
 from ddpm_fast.backends.triton._norm import (
     cut,
     images_of,
     is_channels_last,
     over_groups,
     parameter,
-    power_of_two,
     read_once,
     row_of,
     rows_of,
@@ -22,6 +22,7 @@ from ddpm_fast.backends.triton._norm import (
     sample_of,
     sample_stride,
     silu_derivative,
+    sum_over_samples,
     tile_of_sample,
     two_floats,
     workspace,
@@ -29,7 +30,6 @@ from ddpm_fast.backends.triton._norm import (
 
 _MOST_HELD = 8192  # elements of a program's groups, of x and of the gradient
 _MOST_COMBINED = 256  # channels of a program that combines partial results
-_SAMPLES = 32  # that are added up side by side
 
 
 @triton.jit
@@ -354,31 +354,6 @@ def norm_act_backward_apply_kernel(
     tl.store(grad_x_out_ptr + n * grad_x_sample_stride + place, grad_x, mask=there)
 
 
-@triton.jit
-def sum_over_samples_kernel(
-    contributions_ptr,
-    weight_out_ptr,
-    bias_out_ptr,
-    samples,
-    SAMPLES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
-    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    weight = tl.zeros([SAMPLES, BLOCK], tl.float64)
-    bias = tl.zeros([SAMPLES, BLOCK], tl.float64)
-    for start in range(0, samples, SAMPLES):
-        n = start + tl.arange(0, SAMPLES)
-        there = (n < samples)[:, None] & (channel < CHANNELS)[None, :]
-        place = n.to(tl.int64)[:, None] * (2 * CHANNELS) + channel[None, :]
-        weight += tl.load(contributions_ptr + place, mask=there, other=0).to(tl.float64)
-        bias += tl.load(contributions_ptr + CHANNELS + place, mask=there, other=0).to(tl.float64)
-    if weight_out_ptr is not None:
-        tl.store(weight_out_ptr + channel, tl.sum(weight, 0).to(tl.float32), mask=channel < CHANNELS)
-    if bias_out_ptr is not None:
-        tl.store(bias_out_ptr + channel, tl.sum(bias, 0).to(tl.float32), mask=channel < CHANNELS)
-
-
 def norm_act_backward(
     grad_out: Tensor,
     x: Tensor,
@@ -457,17 +432,5 @@ def norm_act_backward(
             _launch.launch(
                 norm_act_backward_apply_kernel, grid, *inputs, *statistics, *parameters, along, *result, **tiled
             )
-    if summed:
-        block = min(power_of_two(channels), 64)
-        _launch.launch(
-            sum_over_samples_kernel,
-            (-(-channels // block),),
-            contributions,
-            grad_weight,
-            grad_bias,
-            samples,
-            num_warps=4,
-            SAMPLES=_SAMPLES,
-            BLOCK=block,
-            CHANNELS=channels,
-        )
+    if contributions is not None:
+        sum_over_samples(contributions, grad_weight, grad_bias)

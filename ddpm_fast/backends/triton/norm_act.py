@@ -11,13 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ddpm_fast.backends.triton import _launch
+from ddpm_fast.backends.triton._layout import power_of_two
 from ddpm_fast.backends.triton._norm import (
     cut,
     images_of,
     is_channels_last,
     over_groups,
     parameter,
-    power_of_two,
     read_once,
     row_of,
     rows_of,

@@ -63,6 +63,7 @@ class Module:
 
     Attributes:
         kernels: the kernels, by name.
+        library: the compiled module.
         unsupported: (function, PTX line, opcode, reason) of instructions that fail when they are executed.
     """
 
@@ -70,18 +71,22 @@ class Module:
         self.parsed = Parsed(ptx)
         entries = {name: f for name, f in self.parsed.functions.items() if f.entry}
         self.kernels = {name: f for name, f in entries.items() if re.search(only, name)}
-        translation = Translation(self.parsed, self.kernels)
+        translation = self.translated()
         self.unsupported = translation.unsupported
         self._static_shared = {name: self.parsed.shared_layout(f)[1] for name, f in self.kernels.items()}
         flags = [opt, *(["-DCHECK"] if check else [])]
-        self._library = ctypes.CDLL(str(compile_cpp(translation.source, flags, cache)))
-        self._library.ptx_symbol.restype = ctypes.c_void_p
+        self.library = ctypes.CDLL(str(compile_cpp(translation.source, flags, cache)))
+        self.library.ptx_symbol.restype = ctypes.c_void_p
+
+    def translated(self) -> Translation:
+        """The C++ of the kernels."""
+        return Translation(self.parsed, self.kernels)
 
     def symbol(self, name: str) -> npt.NDArray[np.uint8]:
         """The bytes of a __device__ or __constant__ variable, writable."""
         variable = self.parsed.globals[name]
         size = variable.count * SIZE[variable.type]
-        memory = (ctypes.c_uint8 * size).from_address(self._library.ptx_symbol(name.encode()))
+        memory = (ctypes.c_uint8 * size).from_address(self.library.ptx_symbol(name.encode()))
         return np.ctypeslib.as_array(memory)
 
     def launch(
@@ -192,7 +197,7 @@ class Module:
             trace=records.ctypes.data if trace else None,
             params=ctypes.addressof(buffer),
         )
-        failed = self._library.ptx_launch(kernel.name.encode(), ctypes.byref(launch), counters, message)
+        failed = self.library.ptx_launch(kernel.name.encode(), ctypes.byref(launch), counters, message)
         staging.copy_back()
         if failed:
             text = message.value.decode(errors="replace")

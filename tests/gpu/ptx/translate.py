@@ -31,12 +31,14 @@ EXPORT void* ptx_symbol(const char* name) {{
 class Translation:
     """The C++ `source` of a module's kernels, and the instructions that are `unsupported`."""
 
+    preamble = ""  # C++ before everything else
+
     def __init__(self, parsed: Parsed, kernels: Mapping[str, Function]) -> None:
         self.unsupported: list[tuple[str, int, str, str]] = []
         self._parsed = parsed
         helpers = [f for f in parsed.functions.values() if not f.entry]
         variables = list(parsed.globals.values())
-        lines = ['#include "ptxrt.h"']
+        lines = ['#include "ptxrt.h"', self.preamble]
         lines += [_definition(v) for v in variables]
         lines += [f"static void F_{cname(f.name)}(Thread& t, Args A);" for f in helpers]
         for f in [*helpers, *kernels.values()]:
@@ -80,10 +82,11 @@ class Translation:
                 yield f"alignas(16) u8 {cname(x.ops[0])}[{x.ops[1]}];"
             else:
                 count = f"count(t, {sizes[k]}, {x.line}); " if k in sizes else ""
-                yield count + self._instruction(f, x, names)
+                yield count + self.instruction(f, x, names)
         yield "}"
 
-    def _instruction(self, f: Function, x: Instr, names: Names) -> str:
+    def instruction(self, f: Function, x: Instr, names: Names) -> str:
+        """The C++ statement of an instruction of a function."""
         try:
             cpp = statement(x, names, f.targets)
         except _FAILURES as error:

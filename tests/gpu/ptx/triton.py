@@ -16,7 +16,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from .module import Module
 
-_modules: dict[tuple[Any, ...], tuple[Any, Module]] = {}
+MODULES: dict[tuple[Any, ...], tuple[Any, Module]] = {}
 
 
 def gpu_target(target: int | str) -> GPUTarget:
@@ -72,6 +72,7 @@ def run(
     approx: int = 0,
     readonly: Sequence[int | str] = (),
     trace: int = 0,
+    max_instr: int = 1 << 36,
     **keywords: Any,
 ) -> tuple[dict[str, int], npt.NDArray[Any]]:
     """Runs a Triton kernel on CPU tensors; counters and trace are those of `Module.launch`.
@@ -82,7 +83,7 @@ def run(
         args: the kernel's arguments; tensors are on the CPU.
         target: the architecture, 90 for sm_90.
         check, opt: as for `Module`.
-        order, seed, workers, strict, strict_global, approx, trace: as for `Module.launch`.
+        order, seed, workers, strict, strict_global, approx, trace, max_instr: as for `Module.launch`.
         readonly: the arguments that must not be written, by name, or by position among the run-time arguments (those
             that are neither constants nor None).
         keywords: constexprs, further arguments, and Triton's options (num_warps, num_stages, enable_fp_fusion).
@@ -93,13 +94,13 @@ def run(
     """
     call = Specialised(kernel, target, args, keywords)
     key = (*call.key, check, opt)
-    if key not in _modules:
+    if key not in MODULES:
         compiled = call.compile()
         module = Module(compiled.asm["ptx"], check=check, opt=opt)
         if module.unsupported:
             raise NotImplementedError(f"{kernel.__name__}: {module.unsupported}")
-        _modules[key] = compiled, module
-    compiled, module = _modules[key]
+        MODULES[key] = compiled, module
+    compiled, module = MODULES[key]
     ((name, entry),) = module.kernels.items()
     if compiled.metadata.global_scratch_size or compiled.metadata.profile_scratch_size:
         raise NotImplementedError(f"{kernel.__name__} needs scratch memory")
@@ -118,4 +119,5 @@ def run(
         approx=approx,
         readonly=[call.names.index(r) if isinstance(r, str) else r for r in readonly],
         trace=trace,
+        max_instr=max_instr,
     )

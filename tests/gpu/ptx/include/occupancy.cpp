@@ -31,7 +31,8 @@ int main(int count, char** arguments) {
   kernel.numBlockBarriers = 1;
   const cudaOccDeviceState state{};
   cudaOccResult result{};
-  if (cudaOccMaxActiveBlocksPerMultiprocessor(&result, &device, &kernel, &state, value[6], value[5]) != CUDA_OCC_SUCCESS)
+  if (cudaOccMaxActiveBlocksPerMultiprocessor(&result, &device, &kernel, &state, value[6], value[5]) !=
+      CUDA_OCC_SUCCESS)
     return 1;
   printf("%d\n", result.activeBlocksPerMultiprocessor);
 }
