@@ -14,7 +14,7 @@ from tests.gpu import cuda_library, gates, simulate
 from tests.gpu.ptx import nvcc
 from tests.ops.common import same_bits, shape_id
 from tests.ops.norms import FLOATS, assert_close, is_laid_out, laid_out, leaves
-from tests.ops.test_rms_norm_act import NAMES, exact, parameters, plain
+from tests.ops.test_rms_norm_act import exact, parameters, plain
 
 # As in test_cuda_norm_act.py.
 QUICK = [(80, torch.float32), (90, torch.bfloat16), (120, torch.float16)]
@@ -24,8 +24,8 @@ TARGETS = [
 ]
 LAYOUTS = ["contiguous", "channels_last"]
 
-# Fewer channels than a vector, a prime number; one pixel, none; more tiles than one; more samples than 256; more columns
-# than threads, and so many channels that a tile of vectors of pixels is read again; any number of dimensions.
+# Fewer channels than a vector, a prime number; one pixel, none; more tiles than one; more samples than 256; more
+# columns than threads, and so many channels that a tile is read again; any number of dimensions.
 SHAPES = [
     (2, 12, 5, 3),
     (1, 131, 17, 19),
