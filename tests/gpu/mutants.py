@@ -94,7 +94,7 @@ def mutants_of(x: Instr) -> Iterator[Mutant]:
 
 
 class _MutatedTranslation(Translation):
-    preamble = 'extern "C" __attribute__((visibility("default"))) int ptx_mutant = -1;'
+    preamble = 'extern "C" __attribute__((visibility("default"))) int ptx_mutant = -1, ptx_reached = 0;'
 
     def __init__(self, parsed: Parsed, kernels: dict[str, Function], mutants: list[Mutant]) -> None:
         self._numbers: dict[int, list[tuple[int, Mutant]]] = {}
@@ -113,7 +113,7 @@ class _MutatedTranslation(Translation):
                 self.illegal.add(number)
                 del self.unsupported[known:]
             else:
-                cases.append(f"case {number}: {{ {changed} }} break;")
+                cases.append(f"case {number}: {{ ptx_reached = 1; {changed} }} break;")
         return f"switch (ptx_mutant) {{ {' '.join(cases)} default: {{ {original} }} }}" if cases else original
 
 
@@ -132,6 +132,7 @@ class MutatedModule(Module):
         self.launches = 0
         super().__init__(ptx, cache=cache, only=f"^{re.escape(kernel)}$")
         self._alive = ctypes.c_int.in_dll(self.library, "ptx_mutant")
+        self._reached = ctypes.c_int.in_dll(self.library, "ptx_reached")
 
     def translated(self) -> Translation:
         every = [m for x in self.kernels[self._kernel].code if x.kind == "op" for m in mutants_of(x)]
@@ -153,6 +154,12 @@ class MutatedModule(Module):
     @alive.setter
     def alive(self, number: int | None) -> None:
         self._alive.value = -1 if number is None else number
+        self._reached.value = 0
+
+    @property
+    def reached(self) -> bool:
+        """Whether a thread came to the instruction of the mutant since it is alive."""
+        return bool(self._reached.value)
 
 
 def _even_sample(mutants: list[Mutant], most: int, rng: random.Random) -> list[Mutant]:

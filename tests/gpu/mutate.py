@@ -40,6 +40,7 @@ class Result:
     kernel: str
     possible: int
     killed: int = 0
+    unreached: int = 0  # of the survivors: no thread came to their instruction
     survivors: list[Mutant] = field(default_factory=list)
     kinds: Counter[str] = field(default_factory=Counter)
 
@@ -98,6 +99,7 @@ def run_case(name: str, most: int, seed: int) -> Iterator[Result]:
                 result.kinds[mutant.kind] += 1
                 if all(passes(call, backend) for call in callers):
                     result.survivors.append(mutant)
+                    result.unreached += not module.reached
                 else:
                     result.killed += 1
             module.alive = None
@@ -114,14 +116,16 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := [name for name in options.cases if name not in CASES]:
         parser.error(f"no case {unknown[0]!r}; there are {', '.join(CASES)}")
     torch.set_num_threads(1)
-    print("| case | kernel | mutants | tried | killed | share |\n| --- | --- | ---: | ---: | ---: | ---: |")
+    print("| case | kernel | mutants | tried | not reached | killed | killed of those reached |")
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
     worst = 1.0
     for name in options.cases or CASES:
         start = time.process_time()
         for r in run_case(name, options.mutants, options.seed):
-            share = r.killed / r.tried
+            share = r.killed / max(r.tried - r.unreached, 1)
             worst = min(worst, share)
-            print(f"| {r.case} | `{r.kernel}` | {r.possible} | {r.tried} | {r.killed} | {share:.0%} |", flush=True)
+            numbers = (r.possible, r.tried, r.unreached, r.killed, f"{share:.0%}")
+            print(f"| {r.case} | `{r.kernel}` | {' | '.join(map(str, numbers))} |", flush=True)
             if options.verbose:
                 print(*(f"    survived: {mutant}" for mutant in r.survivors), sep="\n", file=sys.stderr, flush=True)
         print(f"{name}: {time.process_time() - start:.0f} s", file=sys.stderr)

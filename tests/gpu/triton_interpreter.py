@@ -72,7 +72,7 @@ def step(dtype: torch.dtype, layout: str) -> None:
             output,
             output.flip(0),
             rows,
-            torch.tensor([5, 99]),
+            index,
             0,
             2,
             -1.0,

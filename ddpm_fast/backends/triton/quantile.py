@@ -33,14 +33,13 @@ def _magnitudes(x_ptr, start, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _count_digits(x_ptr, size, prefix, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
+def _count_digits(x_ptr, size, prefix, shift, BLOCK: tl.constexpr):
     """How many of the values whose bits begin with `prefix` have each value of the next eight bits."""
     counts = tl.zeros([256], tl.int32)
     for start in range(0, size, BLOCK):
         bits, there = _magnitudes(x_ptr, start, size, BLOCK)
-        if SHIFT < 24:
-            there = there & (bits >> (SHIFT + 8) == prefix)
-        counts += tl.histogram((bits >> SHIFT) & 255, 256, mask=there)
+        bits = bits >> shift
+        counts += tl.histogram(bits & 255, 256, mask=there & (bits >> 8 == prefix))
     return counts
 
 
@@ -86,7 +85,7 @@ def abs_quantile_kernel(x_ptr, out_ptr, size, rank, way, NEXT: tl.constexpr, BLO
     prefix = tl.full([], 0, tl.int32)
     rank = tl.full([], rank, tl.int32)
     count = rank
-    for digit in tl.static_range(4):
+    for digit in range(4):
         counts = _count_digits(x_ptr, size, prefix, 24 - 8 * digit, BLOCK)
         prefix, rank, count = _pick(counts, prefix, rank)
     above, largest = _next_and_largest(x_ptr, size, prefix, BLOCK)
@@ -94,12 +93,12 @@ def abs_quantile_kernel(x_ptr, out_ptr, size, rank, way, NEXT: tl.constexpr, BLO
 
 
 @triton.jit
-def _found(counts_ptr, rank, DIGITS: tl.constexpr):
+def _found(counts_ptr, rank, digits):
     """What the first passes' counts say: prefix, rank and number, as `_pick` has them."""
     prefix = tl.full([], 0, tl.int32)
     rank = tl.full([], rank, tl.int64)
     count = rank
-    for digit in tl.static_range(DIGITS):
+    for digit in range(digits):
         prefix, rank, count = _pick(tl.load(counts_ptr + digit * 256 + tl.arange(0, 256)), prefix, rank)
     return prefix, rank, count
 
@@ -114,14 +113,12 @@ def _share(x_ptr, size, CHUNK: tl.constexpr):
     return n, x_ptr + n * size + start, tl.minimum(size - start, CHUNK).to(tl.int32)
 
 
-@triton.jit
-def count_digits_kernel(
-    x_ptr, counts_ptr, counts_out_ptr, size, rank, DIGIT: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
-):
+@triton.jit(do_not_specialize=["digit"])
+def count_digits_kernel(x_ptr, counts_ptr, counts_out_ptr, size, rank, digit, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     n, x_ptr, share = _share(x_ptr, size, CHUNK)
-    prefix, _, _ = _found(counts_ptr + n * 1024, rank, DIGIT)
-    counts = _count_digits(x_ptr, share, prefix, 24 - 8 * DIGIT, BLOCK).to(tl.int64)
-    place = counts_out_ptr + n * 1024 + DIGIT * 256 + tl.arange(0, 256)
+    prefix, _, _ = _found(counts_ptr + n * 1024, rank, digit)
+    counts = _count_digits(x_ptr, share, prefix, 24 - 8 * digit, BLOCK).to(tl.int64)
+    place = counts_out_ptr + n * 1024 + digit * 256 + tl.arange(0, 256)
     tl.atomic_add(place, counts, mask=counts > 0, sem="relaxed")
 
 
@@ -164,6 +161,6 @@ def abs_quantile(x: Tensor, q: float, out: Tensor) -> None:
     grid = (samples * -(-size // _CHUNK),)
     tiled = {"num_warps": num_warps, "CHUNK": _CHUNK, "BLOCK": block}
     for digit in range(4):
-        _launch.launch(count_digits_kernel, grid, x, counts, counts, size, rank, DIGIT=digit, **tiled)
+        _launch.launch(count_digits_kernel, grid, x, counts, counts, size, rank, digit, **tiled)
     _launch.launch(next_and_largest_kernel, grid, x, counts, above, largest, size, rank, **tiled)
     _launch.launch(interpolate_kernel, (samples,), counts, above, largest, out, rank, way, num_warps=4, NEXT=way > 0)
