@@ -503,7 +503,11 @@ class Sampler:
             with evaluating(self.model):
                 graph = None if want_state else graphed(run, self._cuda_graph)
                 for i in range(self.steps):
-                    state = run.step(i, want_state) if graph is None else graph.step(i)
+                    state = None
+                    if graph is not None:
+                        graph.step(i)
+                    else:
+                        state = run.step(i, want_state)
                     if bar is not None:
                         bar.update()
                     yield state

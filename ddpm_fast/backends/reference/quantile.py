@@ -25,7 +25,7 @@ def rank_of(q: float, size: int, dtype: torch.dtype) -> tuple[int, float]:
 
 def quantile_of_magnitudes(x: Tensor, q: float) -> Tensor:
     """(N,), the q quantile of |x| of each sample of x (N, *); NaN where a sample holds one; differentiable."""
-    values = x.reshape(x.shape[0], -1).abs().sort(dim=1).values  # NaN last
+    values = x.flatten(1).abs().sort(dim=1).values  # NaN last
     below, weight = rank_of(q, values.shape[1], x.dtype)
     low, high = values[:, below], values[:, min(below + (weight > 0.0), values.shape[1] - 1)]
     # torch.lerp's formula, which is exact at both ends; lerp itself fuses on some processors.
