@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
-import re
 import subprocess
 from collections.abc import Iterator
 from functools import cache
@@ -310,14 +309,17 @@ def traced(case: Case, layout: str, target: int, dtype: torch.dtype) -> list[sim
 
 
 def image_accesses(launch: simulate.Launch, target: int) -> npt.NDArray[Any]:
-    """The trace of what moves vectors of images, between global and shared memory too.
+    """The trace of what moves images: to and from global memory by vector.cuh, in shared memory whatever is kept."""
+    parsed = cuda_library.library().module(target, launch.kernel).parsed
 
-    They are the only ones of four words in the PTX: coefficients and sums move as floats or doubles.
-    """
-    (text,) = [t for t in cuda_library.library().ptx(target).values() if f".entry {launch.kernel}(" in t]
-    lines = text.splitlines()
-    moves = [n for n in set(launch.trace["pc"].tolist()) if re.search(r"\.v4\.[ub]32", lines[n - 1])]
-    return launch.trace[np.isin(launch.trace["pc"], moves)]
+    def moves(line: int) -> bool:
+        file, _, number = parsed.where(line).rpartition("; ")[2].rpartition(":")
+        if Path(file).name == "vector.cuh":
+            return True
+        source = (cuda_library.CSRC / "cuda" / Path(file).name).read_text().splitlines()
+        return "kept" in source[int(number) - 1]
+
+    return launch.trace[np.isin(launch.trace["pc"], [n for n in set(launch.trace["pc"].tolist()) if moves(n)])]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
