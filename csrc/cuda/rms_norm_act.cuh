@@ -191,8 +191,15 @@ __device__ __forceinline__ void sum_over_rows(const Tile& tile, const Value& val
   }
 }
 
+// The channels' coefficients, and zeros for what vectors hold beyond the tile's end.
 template <class Tile>
 __device__ __forceinline__ void fill_channels(const Tile& tile, const Parameters& given, const RmsNormActOp& op) {
+#pragma unroll 1
+  for (int c = op.channels + threadIdx.x; c < tile.channel_columns * Tile::V; c += blockDim.x)
+    tile.factor[tile.channel_spot(c)] = tile.shift[tile.channel_spot(c)] = 0.0f;
+#pragma unroll 1
+  for (int p = tile.pixels + threadIdx.x; p < tile.pixel_columns * Tile::V; p += blockDim.x)
+    tile.rrms[tile.pixel_spot(p)] = tile.along[tile.pixel_spot(p)] = 0.0f;
 #pragma unroll 1
   for (int c = threadIdx.x; c < op.channels; c += blockDim.x) {
     const double weight = given.weight ? static_cast<double>(parameter(given.weight, op.weight, 0, c)) : 1.0;
