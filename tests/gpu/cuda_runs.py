@@ -44,7 +44,7 @@ def traced(op: Callable[[], object], target: int = 90) -> Launch:
 
 
 def bytes_of(launch: Launch, kind: str) -> int:
-    """Bytes of images that a launch reads or writes: a warp's lanes take neighbours, where they share a sample's numbers."""
+    """Bytes of images that a launch reads or writes: there a warp's lanes take neighbours, elsewhere they share one."""
     lines = [line for line, a in metrics.metrics(launch.trace).items() if a.name == kind and a.per_request > 1]
     return int(launch.trace["size"][np.isin(launch.trace["pc"], lines)].sum())
 
