@@ -154,7 +154,18 @@ class Device:
         ({"corrector_steps": 1}, {}, "updates of its own"),
         ({"steps": 2}, {}, "too few"),
     ],
-    ids=["none", "plms", "heun", "self_condition", "denoised_fn", "cond_fn", "noise", "generator", "corrector", "two steps"],
+    ids=[
+        "none",
+        "plms",
+        "heun",
+        "self_condition",
+        "denoised_fn",
+        "cond_fn",
+        "noise",
+        "generator",
+        "corrector",
+        "two steps",
+    ],
 )
 def test_obstacles(options: dict[str, Any], kwargs: dict[str, Any], message: str | None) -> None:
     run = runs(df.Sampler(model, SCHEDULE, **options), **kwargs)

@@ -43,9 +43,7 @@ def warps_for(elements: int) -> int:
     return min(max(elements // (_WARP * _PER_THREAD), 1), _MOST_WARPS)
 
 
-def read_once(
-    channels: int, pixels: int, groups: int, channels_last: bool, itemsize: int, most: int
-) -> Once | None:
+def read_once(channels: int, pixels: int, groups: int, channels_last: bool, itemsize: int, most: int) -> Once | None:
     """How whole groups are held in registers; None where they are larger than `most` elements.
 
     The number of samples is no argument: a sample must be summed up in the same way in every batch.

@@ -127,9 +127,7 @@ def norm_act_backward_once_kernel(
         embedding_sample_stride, embedding_channel_stride, GROUPS,
     )  # fmt: skip
     factor = w * one_plus_scale
-    xhat, grad = _differentiate(
-        x, grad, there, high, low, rstd, factor, tl.fma(b, one_plus_scale, t), ACTIVATION
-    )
+    xhat, grad = _differentiate(x, grad, there, high, low, rstd, factor, tl.fma(b, one_plus_scale, t), ACTIVATION)
     sums, products = tl.sum(grad, 1), tl.sum(grad * xhat, 1)
 
     row = n * CHANNELS + channel
@@ -343,9 +341,7 @@ def norm_act_backward_apply_kernel(
         embedding_sample_stride, embedding_channel_stride, GROUPS,
     )  # fmt: skip
     factor = w * one_plus_scale
-    xhat, grad = _differentiate(
-        x, grad, there, high, low, rstd, factor, tl.fma(b, one_plus_scale, t), ACTIVATION
-    )
+    xhat, grad = _differentiate(x, grad, there, high, low, rstd, factor, tl.fma(b, one_plus_scale, t), ACTIVATION)
     along = along_ptr + (n * GROUPS + group) * 2
     along_mean = tl.load(along, mask=present, other=0)
     along_xhat = tl.load(along + 1, mask=present, other=0)
