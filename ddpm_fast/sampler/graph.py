@@ -1,8 +1,8 @@
 """A run's steps as a CUDA graph: captured once, replayed for every step.
 
 A step is a launch of ours besides the hundreds of the network; replaying them all as one graph takes the host out of
-the loop. What changes from step to step lies in device memory: the state, and the number of the step, which the graph counts
-up itself, and by which the time, the coefficients and the noise are looked up.
+the loop. What changes from step to step lies in device memory: the state, and the number of the step, which the graph
+counts up itself, and by which the time, the coefficients and the noise are looked up.
 """
 
 from __future__ import annotations
