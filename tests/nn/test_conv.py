@@ -8,11 +8,21 @@ import io
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import conv2d
 
 import ddpm_fast as df
 from ddpm_fast.nn import Conv3x3, UNet, eager_copy
+from ddpm_fast.ops.conv import cpu_isa
 
 CL = torch.channels_last
+
+needs_vectors = pytest.mark.skipif(
+    cpu_isa() not in ("avx512", "avx2"), reason="without vector instructions torch computes the convolutions"
+)
+
+
+def rms(difference: Tensor) -> float:
+    return float(difference.double().square().mean().sqrt())
 
 
 def pair(mode: str = "exact") -> tuple[Conv3x3, nn.Conv2d, Tensor]:
@@ -37,6 +47,7 @@ def unet(**changes: object) -> UNet:
     return model.eval()
 
 
+@needs_vectors
 @torch.no_grad()
 def test_without_gradients_it_is_the_fused_op() -> None:
     ours, theirs, x = pair()
@@ -128,21 +139,62 @@ def test_the_state_dict_is_that_of_torchs_module() -> None:
     assert list(ours.state_dict()) == list(theirs.state_dict())
 
 
-@pytest.mark.parametrize(("mode", "channels_last"), [("exact", True), ("strict", True), ("strict", False)])
 @torch.no_grad()
-def test_the_unets_error_is_at_most_eagers(mode: str, channels_last: bool) -> None:
-    # "exact" is held to torch's channels_last convolution; with AVX-512 the contiguous one rounds less (docs/conv.md).
-    model = unet(channels_last=channels_last)
-    model.set_conv_mode(mode)
-    eager = eager_copy(model)
-    assert all(m.mode == "torch" for m in eager.modules() if isinstance(m, Conv3x3))
-    x, t = torch.randn(3, 1, 16, 16), torch.tensor([3, 500, 999])
-    exact = copy.deepcopy(eager).double()(x.double(), t)
-    ours, eagers = ((module(x, t) - exact).square().mean().sqrt() for module in (model, eager))
-    assert not torch.equal(model(x, t), eager(x, t))
-    assert ours <= eagers
+def layer_errors(mode: str, channels_last: bool) -> dict[str, tuple[float, float]]:
+    """Each 3x3 convolution's rms errors inside the U-Net, ours and torch's in its layout, over several networks."""
+    errors: dict[str, tuple[float, float]] = {}
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = unet(channels_last=channels_last)
+        inputs: dict[str, Tensor] = {}
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, Conv3x3)}
+        for name, module in layers.items():
+            module.mode = "torch"
+            module.register_forward_pre_hook(lambda _, args, name=name, inputs=inputs: inputs.update({name: args[0]}))
+        model(torch.randn(3, 1, 16, 16), torch.tensor([3, 500, 999]))
+        for name, module in layers.items():
+            exact = conv2d(inputs[name].double(), module.weight.double(), module.bias.double(), padding=1)
+            theirs = module(inputs[name])
+            module.mode = mode
+            ours = module(inputs[name])
+            if module.plan(inputs[name]).tile is None:
+                assert torch.equal(ours, theirs), name
+            else:
+                before = errors.get(name, (0.0, 0.0))
+                errors[name] = (before[0] + rms(ours - exact), before[1] + rms(theirs - exact))
+    return errors
 
 
+# "exact" promises nothing beside torch's contiguous convolution. With AVX-512 that one sums 16 channels from zero, and
+# "strict", which sums 32, is on a par with it: 0.7 to 1.2 of its error, layer by layer (docs/conv.md). With AVX2 it is
+# far below. Which of the two errs less over a whole network is chance then, and no promise.
+@needs_vectors
+@pytest.mark.parametrize(
+    ("mode", "channels_last", "allowed"), [("exact", True, 1.0), ("strict", True, 0.8), ("strict", False, 1.25)]
+)
+def test_every_layer_of_the_unet_errs_as_little_as_promised(mode: str, channels_last: bool, allowed: float) -> None:
+    errors = layer_errors(mode, channels_last)
+    assert len(errors) == 24  # all but the first and the last, which have one channel on one side
+    assert {name: pair for name, pair in errors.items() if pair[0] > allowed * pair[1]} == {}
+
+
+@needs_vectors
+@pytest.mark.parametrize("mode", ["exact", "strict"])
+@torch.no_grad()
+def test_the_unets_error_is_at_most_eagers(mode: str) -> None:
+    # In channels_last, where both modes err less in every layer: the networks' ratios are 0.5 to 0.75.
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = unet()
+        model.set_conv_mode(mode)
+        eager = eager_copy(model)
+        assert all(m.mode == "torch" for m in eager.modules() if isinstance(m, Conv3x3))
+        x, t = torch.randn(3, 1, 16, 16), torch.tensor([3, 500, 999])
+        exact = copy.deepcopy(eager).double()(x.double(), t)
+        assert rms(model(x, t) - exact) <= rms(eager(x, t) - exact)
+
+
+@needs_vectors
 @torch.no_grad()
 def test_a_samples_bits_do_not_depend_on_the_convolutions_batch() -> None:
     model = unet()

@@ -140,7 +140,18 @@ def test_exact_errs_at_most_as_much_as_torch(case: tuple[int, int, int]) -> None
 @pytest.mark.parametrize("case", LAYERS, ids=shape_id)
 def test_strict_errs_much_less_than_torch(case: tuple[int, int, int]) -> None:
     ours, torchs = errors(*case, "strict")
-    assert ours <= (0.8 if case[0] < 32 else 0.6) * torchs
+    # With fewer than 32 channels torch's sums are as short as ours, on some processors.
+    assert ours <= (1.0 if case[0] < 32 else 0.6) * torchs
+
+
+@needs_vectors
+@pytest.mark.parametrize("case", LAYERS, ids=shape_id)
+def test_stricts_error_is_the_same_on_every_machine_and_hardly_grows(case: tuple[int, int, int]) -> None:
+    c, k, side = case
+    x, weight, bias, _ = layer(max(1, 400 // side**2), c, k, side, side)
+    exact = conv2d(x.double(), weight.double(), bias.double(), padding=1)
+    # Every instruction set gives the same bits, so this is one number; 1.6 to 2.5e-7 by docs/conv.md's table.
+    assert rms(conv3x3(x, weight, bias, mode="strict") - exact) <= 2.7e-7 * rms(exact)
 
 
 @pytest.mark.parametrize("tile", TILES, ids=lambda t: f"{t[0]}x{t[1]}")
