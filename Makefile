@@ -37,7 +37,7 @@ lint: $(VENV)/lint.stamp
 	$(RUN) -m mypy
 
 clean:
-	rm -rf $(VENV) build dist demo-output *.egg-info ddpm_fast/_C*.so
+	rm -rf $(VENV) build dist demo-output *.egg-info ddpm_fast/_C*.so ddpm_fast/_cuda*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

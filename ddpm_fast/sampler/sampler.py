@@ -113,9 +113,9 @@ class Sampler:
         cuda_graph: whether :meth:`sample` captures a step, model and all, in a CUDA graph and replays it, which gives
             the same images without the host's work. "auto" does where it can, that is on a CUDA device, with noise from
             a seed, without hooks, callback, inpainting, corrector or self-conditioning, and with a solver whose steps
-            are alike;
-            a model that cannot be captured then runs without, and a warning says why. True makes that an error. A
-            model whose Python code does other things from call to call needs False: a graph repeats what one call did.
+            are alike; a model that cannot be captured then runs without, and a warning says why. True makes that an
+            error. A model whose Python code does other things from call to call needs False: a graph repeats what one
+            call did.
         corrector_steps: updates of Langevin dynamics before each step, at the noise level that it starts from, each
             with a call of the model: predictor-corrector sampling (Song et al. 2021, algorithm 5, in the order of its
             authors' code). Their noise is the stream "corrector", step i * corrector_steps and on.

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
-from ..ops.common import same_bits
-from . import cuda_library, simulate
-from .ptx import metrics, nvcc, sass
-from .simulate import Launch
-from .triton_runs import SCHEDULES
+from tests.gpu import cuda_library, gates, simulate
+from tests.gpu.ptx import metrics, nvcc, sass
+from tests.gpu.simulate import Launch
+from tests.gpu.triton_runs import SCHEDULES
+from tests.ops.common import same_bits
 
 ARCHITECTURES = cuda_library.ARCHITECTURES
+THREADS = 256  # of a block: kThreads of csrc/cuda/plan.h
 # Kernels loop where a GPU has fewer blocks than there is work: a GPU of one multiprocessor makes them on small tensors.
 ONE_PROCESSOR = 1
 
@@ -44,56 +46,36 @@ def traced(op: Callable[[], object], target: int = 90) -> Launch:
 
 
 def bytes_of(launch: Launch, kind: str) -> int:
-    """Bytes of images that a launch reads or writes: there a warp's lanes take neighbours, elsewhere they share one."""
+    """Bytes of images that a launch reads or writes: a warp's lanes take neighbours, and share a sample's numbers."""
     lines = [line for line, a in metrics.metrics(launch.trace).items() if a.name == kind and a.per_request > 1]
     return int(launch.trace["size"][np.isin(launch.trace["pc"], lines)].sum())
 
 
 def is_coalesced(launch: Launch) -> None:
     """No sector of global memory is touched in vain, no bank of shared memory twice."""
-    for line, access in metrics.metrics(launch.trace).items():
-        if access.name.endswith("global"):
-            assert access.efficiency == 1.0, f"PTX line {line}: {access}"
-        else:
-            assert access.per_request == 1.0, f"PTX line {line}: {access}"
+    gates.assert_coalesced(launch.trace)
+    gates.assert_no_bank_conflicts(launch.trace)
 
 
-@dataclass
-class Machine:
-    """What ptxas made of a kernel."""
-
-    registers: int
-    local_bytes: int
-    instructions: Counter[str]
-
-    def accesses(self, prefix: str) -> Counter[str]:
-        return Counter({name: n for name, n in self.instructions.items() if name.startswith(prefix)})
-
-
-def machine_code(file: str, target: int) -> dict[str, Machine]:
-    """The kernels of csrc/cuda/<file>.cu by their mangled names."""
+@cache
+def cubin(file: str, target: int) -> Path:
+    """csrc/cuda/<file>.cu, compiled."""
     csrc = cuda_library.CSRC
-    cubin = nvcc.compile_cubin(csrc / "cuda" / f"{file}.cu", target, [f"-I{csrc / 'include'}", f"-I{csrc}"])
-    resources = sass.res(str(cubin))
-    return {
-        name: Machine(
-            resources[name]["reg"],
-            resources[name]["stack"] + resources[name]["local"],
-            Counter(line[2] for line in code),
-        )
-        for name, code in sass.sass(str(cubin)).items()
-    }
+    return nvcc.compile_cubin(csrc / "cuda" / f"{file}.cu", target, [f"-I{csrc / 'include'}", f"-I{csrc}"])
 
 
-def spills_nothing(file: str, target: int) -> dict[str, Machine]:
-    machines = machine_code(file, target)
-    assert machines
-    for name, machine in machines.items():
-        assert machine.local_bytes == 0, name
-        assert not machine.accesses("LDL"), name
-        assert not machine.accesses("STL"), name
-        assert machine.registers <= 128, name  # two blocks of 256 threads on a multiprocessor
-    return machines
+def has_room(file: str, target: int, blocks: int, kernels: str = "") -> None:
+    """A multiprocessor of 2048 threads holds so many blocks of a file's kernels, and they spill nothing."""
+    gates.assert_no_spills(cubin(file, target), kernels)
+    gates.assert_occupancy(cubin(file, target), target, THREADS, blocks * THREADS / 2048, kernels)
+
+
+def is_vectorised(file: str, target: int, kernels: str = "", loads: bool = True, stores: bool = True) -> None:
+    """The kernels whose names match have accesses of 16 bytes."""
+    found = {name: code for name, code in sass.sass(cubin(file, target)).items() if re.search(kernels, name)}
+    assert found
+    for code in found.values():
+        gates.assert_vector_accesses(code, loads, stores)
 
 
 def ptx_of(file: str, target: int) -> str:

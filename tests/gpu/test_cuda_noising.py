@@ -13,18 +13,19 @@ from ddpm_fast.backends.reference import noising as reference
 from ddpm_fast.ops.noising import NOISING, NOISING_RANDOM
 
 from ..ops.common import laid_out, same_bits, shape_id
-from . import simulate
+from . import gates, simulate
 from .cuda_runs import (
     ARCHITECTURES,
     ONE_PROCESSOR,
     bytes_of,
+    has_room,
     is_coalesced,
+    is_vectorised,
     ptx_of,
-    spills_nothing,
     traced,
     under_every_schedule,
 )
-from .triton_runs import blank, moved, rounds_every_operation
+from .triton_runs import blank, moved
 
 SCHEDULE = df.NoiseSchedule.linear(1000)
 SEED = torch.tensor([0x0123456789ABCDEF])
@@ -162,16 +163,15 @@ def test_refuses_what_it_does_not_take() -> None:
 
 @pytest.mark.parametrize("target", ARCHITECTURES)
 def test_every_operation_is_rounded_on_its_own(target: int) -> None:
-    rounds_every_operation(ptx_of("noising", target))
+    gates.assert_rounded_operations(ptx_of("noising", target))
 
 
 @pytest.mark.parametrize("target", ARCHITECTURES)
-def test_spills_nothing(target: int) -> None:
-    for name, machine in spills_nothing("noising", target).items():
-        if "Lb0ELb0E" in name:
-            assert machine.accesses("STG.E.128"), name
-            assert machine.accesses("LDG.E.128"), name
-            assert machine.registers <= 80, name  # three blocks of 256 threads on a multiprocessor
+def test_registers_and_accesses(target: int) -> None:
+    """The last template argument of a kernel is whether it is a general one, the one before whether it has tiles."""
+    has_room("noising", target, blocks=3, kernels="Lb[01]ELb0E")
+    has_room("noising", target, blocks=2)
+    is_vectorised("noising", target, "Lb0ELb0E")
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

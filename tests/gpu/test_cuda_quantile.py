@@ -13,9 +13,9 @@ from ddpm_fast.ops import abs_quantile
 from ddpm_fast.ops.quantile import ABS_QUANTILE
 
 from ..ops.common import laid_out, same_bits, shape_id
-from . import simulate
-from .cuda_runs import ARCHITECTURES, ONE_PROCESSOR, ptx_of, spills_nothing, under_every_schedule
-from .triton_runs import moved, rounds_every_operation
+from . import gates, simulate
+from .cuda_runs import ARCHITECTURES, ONE_PROCESSOR, has_room, is_vectorised, ptx_of, under_every_schedule
+from .triton_runs import moved
 
 # (shape, elements behind an aligned address): several blocks a sample, sizes no multiple of a vector, one element, more
 # samples than a GPU of one multiprocessor takes in one go.
@@ -90,12 +90,10 @@ def test_refuses_what_it_does_not_take() -> None:
 
 @pytest.mark.parametrize("target", ARCHITECTURES)
 def test_every_operation_is_rounded_on_its_own(target: int) -> None:
-    rounds_every_operation(ptx_of("quantile", target))
+    gates.assert_rounded_operations(ptx_of("quantile", target))
 
 
 @pytest.mark.parametrize("target", ARCHITECTURES)
-def test_spills_nothing(target: int) -> None:
-    for name, machine in spills_nothing("quantile", target).items():
-        assert machine.registers <= 40, name  # six blocks of 256 threads on a multiprocessor
-        if "count" in name or "next" in name:
-            assert machine.accesses("LDG.E.128"), name
+def test_registers_and_accesses(target: int) -> None:
+    has_room("quantile", target, blocks=6)
+    is_vectorised("quantile", target, "count|next", stores=False)

@@ -10,18 +10,19 @@ from ddpm_fast.backends.reference import random as reference
 from ddpm_fast.ops.random import NORMAL
 
 from ..ops.common import laid_out, same_bits, shape_id
-from . import simulate
+from . import gates, simulate
 from .cuda_runs import (
     ARCHITECTURES,
     ONE_PROCESSOR,
     bytes_of,
+    has_room,
     is_coalesced,
+    is_vectorised,
     ptx_of,
-    spills_nothing,
     traced,
     under_every_schedule,
 )
-from .triton_runs import blank, rounds_every_operation
+from .triton_runs import blank
 
 Case = tuple[tuple[int, ...], str, torch.dtype, int]
 
@@ -126,14 +127,13 @@ def test_refuses_what_it_does_not_take() -> None:
 
 @pytest.mark.parametrize("target", ARCHITECTURES)
 def test_every_operation_is_rounded_on_its_own(target: int) -> None:
-    rounds_every_operation(ptx_of("random", target))
+    gates.assert_rounded_operations(ptx_of("random", target))
 
 
 @pytest.mark.parametrize("target", ARCHITECTURES)
-def test_spills_nothing_and_writes_16_bytes(target: int) -> None:
-    for name, machine in spills_nothing("random", target).items():
-        wide = "STG.E.64" if "Lb1E" in name and "IfLb1E" not in name else "STG.E.128"  # tiles of half precision
-        assert machine.accesses(wide), name
+def test_registers_and_accesses(target: int) -> None:
+    has_room("random", target, blocks=4)
+    is_vectorised("random", target, "normal_kernel(If|.*Lb0E)", loads=False)  # tiles of half precision: 8 bytes
 
 
 @pytest.mark.parametrize("channels", [2, 3, 4, 6, 8, 16, 32])
