@@ -30,11 +30,9 @@ Case = tuple[tuple[int, ...], int]
 
 # (architecture, dtype): each of both once in every run, since translating a kernel takes seconds; the others are slow.
 QUICK = [(80, torch.float32), (90, torch.bfloat16), (120, torch.float16)]
-TARGETS = [
-    pytest.param(a, d, id=f"sm_{a}-{d}", marks=() if (a, d) in QUICK else pytest.mark.slow)
-    for a, d in itertools.product(cuda_library.ARCHITECTURES, FLOATS)
-]
 LAYOUTS = ["contiguous", "channels_last"]
+
+CUT: Case = ((1, 2100, 3, 3), 1)  # three launches on every architecture
 
 # Groups whose sizes are no power of two and no multiple of a vector; vectors that reach over channels and over groups;
 # pixels no multiple of a vector; more than 256 samples; no spatial dimension, one, three and four; a group's tiles in a
@@ -44,7 +42,7 @@ CASES: list[Case] = [
     ((2, 12, 5, 3), 3),
     ((300, 8, 2, 2), 4),
     ((1, 48, 24, 24), 2),
-    ((1, 2100, 3, 3), 1),
+    CUT,
     ((2, 30, 7, 7), 10),
     ((3, 48), 4),
     ((2, 6, 33), 2),
@@ -52,6 +50,26 @@ CASES: list[Case] = [
     ((2, 3, 2, 2, 2, 2), 1),
     ((1, 64, 4, 4), 64),
 ]
+
+
+def runs(cases: list[Case], targets: list[tuple[int, torch.dtype]]) -> list[Any]:
+    """(case, architecture, dtype); slow where their kernels are not those of every run."""
+
+    def is_quick(case: Case, target: tuple[int, torch.dtype]) -> bool:
+        return target in QUICK and (case != CUT or target[0] != 120)
+
+    return [
+        pytest.param(
+            case,
+            *target,
+            id=f"{case_id(case)}-sm_{target[0]}-{target[1]}",
+            marks=() if is_quick(case, target) else pytest.mark.slow,
+        )
+        for case, target in itertools.product(cases, targets)
+    ]
+
+
+ALL_TARGETS = list(itertools.product(cuda_library.ARCHITECTURES, FLOATS))
 
 
 def inputs_of(case: Case, layout: str, dtype: torch.dtype, names: tuple[str, ...] = NAMES) -> dict[str, Tensor]:
@@ -86,9 +104,8 @@ def check(case: Case, inputs: dict[str, Tensor], grad: Tensor, got: list[Tensor]
 # ---- Values ----
 
 
-@pytest.mark.parametrize(("target", "dtype"), TARGETS)
+@pytest.mark.parametrize(("case", "target", "dtype"), runs(CASES, ALL_TARGETS))
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_values_and_gradients_are_those_of_float64(case: Case, layout: str, target: int, dtype: torch.dtype) -> None:
     inputs, grad = inputs_of(case, layout, dtype), laid_out(torch.randn(case[0]), layout).to(dtype)
     with simulate.backend("cuda", target):
@@ -247,7 +264,7 @@ def test_no_sample_is_no_error() -> None:
 # ---- Bits ----
 
 # One block a group; a cluster on sm_90 and three launches before it; a cut group, three launches everywhere.
-PATHS: list[Case] = [((2, 12, 5, 3), 3), ((1, 48, 24, 24), 2), ((1, 2100, 3, 3), 1)]
+PATHS: list[Case] = [((2, 12, 5, 3), 3), ((1, 48, 24, 24), 2), CUT]
 SCHEDULES: list[dict[str, Any]] = [
     {"order": 1},
     {"order": 2, "seed": 5},
@@ -255,9 +272,8 @@ SCHEDULES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("target", "dtype"), QUICK, ids=[f"sm_{a}-{d}" for a, d in QUICK])
+@pytest.mark.parametrize(("case", "target", "dtype"), runs(PATHS, QUICK))
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", PATHS, ids=case_id)
 def test_every_schedule_gives_the_same_bits(case: Case, layout: str, target: int, dtype: torch.dtype) -> None:
     inputs, grad = inputs_of(case, layout, dtype), laid_out(torch.randn(case[0]), layout).to(dtype)
     with simulate.backend("cuda", target):

@@ -18,8 +18,8 @@ from tests.ops.common import same_bits, shape_id
 from tests.ops.norms import FLOATS, assert_close, is_laid_out, laid_out, leaves
 from tests.ops.test_rms_norm_act import exact, parameters, plain
 
-# As in test_cuda_norm_act.py.
-QUICK = [(80, torch.float32), (90, torch.bfloat16), (120, torch.float16)]
+# As in test_cuda_norm_act.py, to which sm_120 is left: the source has nothing that depends on the architecture.
+QUICK = [(80, torch.float32), (90, torch.bfloat16)]
 TARGETS = [
     pytest.param(a, d, id=f"sm_{a}-{d}", marks=() if (a, d) in QUICK else pytest.mark.slow)
     for a, d in itertools.product(cuda_library.ARCHITECTURES, FLOATS)
