@@ -1,7 +1,8 @@
 # Needs python3 with venv, a C++17 compiler and make; everything else comes into .venv.
 #
 #   make demo                     sets up, then draws images with a plain loop and with ddpm_fast
-#   make test                     sets up, then runs the whole test suite
+#   make test                     sets up, then runs the tests that are not marked slow
+#   make test PYTEST_ARGS="-m slow"   the others
 #   make bench                    sets up, then prints the benchmarks' tables
 #   make PYTHON=python3.12 ...    another Python for .venv
 #   make TORCH="torch" ...        another torch: anything that `pip install` takes, options included
