@@ -1,7 +1,8 @@
 # Needs python3 with venv, a C++17 compiler and make; everything else comes into .venv.
 #
 #   make demo                     sets up, then draws images with a plain loop and with ddpm_fast
-#   make test                     sets up, then runs the whole test suite
+#   make test                     sets up, then runs the tests that are not marked slow
+#   make test PYTEST_ARGS="-m slow"   the others
 #   make bench                    sets up, then prints the benchmarks' tables
 #   make PYTHON=python3.12 ...    another Python for .venv
 #   make TORCH="torch" ...        another torch: anything that `pip install` takes, options included
@@ -37,7 +38,7 @@ lint: $(VENV)/lint.stamp
 	$(RUN) -m mypy
 
 clean:
-	rm -rf $(VENV) build dist demo-output *.egg-info ddpm_fast/_C*.so
+	rm -rf $(VENV) build dist demo-output *.egg-info ddpm_fast/_C*.so ddpm_fast/_cuda*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -61,6 +62,7 @@ $(VENV)/bench.stamp: $(VENV)/test.stamp
 	$(PIP) $(TORCH) "ddpm_fast[bench]"
 	@touch $@
 
-$(VENV)/lint.stamp: $(VENV)/package.stamp
+# mypy reads the tests' runner too, and with it what that imports.
+$(VENV)/lint.stamp: $(VENV)/test.stamp
 	$(PIP) $(TORCH) "ddpm_fast[lint]"
 	@touch $@

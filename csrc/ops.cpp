@@ -15,6 +15,7 @@ STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
   m.impl("bound_terms.cpu", TORCH_BOX(&ddpm_fast::bound_terms));
   m.impl("bound_terms_backward.cpu", TORCH_BOX(&ddpm_fast::bound_terms_backward));
   m.impl("denoise.cpu", TORCH_BOX(&ddpm_fast::denoise));
+  m.impl("abs_quantile.cpu", TORCH_BOX(&ddpm_fast::abs_quantile));
   m.impl("norm_act.cpu", TORCH_BOX(&ddpm_fast::norm_act));
   m.impl("norm_act_backward.cpu", TORCH_BOX(&ddpm_fast::norm_act_backward));
   m.impl("rms_norm_act.cpu", TORCH_BOX(&ddpm_fast::rms_norm_act));

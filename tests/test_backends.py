@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -43,3 +46,44 @@ def test_an_unknown_backend_is_named() -> None:
 def test_a_forced_backend_refuses_what_it_does_not_take() -> None:
     with df.use_backend("cpu"), pytest.raises(ValueError, match="takes float32, float16 and bfloat16"):
         df.randn((1, 4), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_the_check_of_the_noise_passes_where_it_is_right(name: str) -> None:
+    assert backends.check_noise(getattr(torch.ops.ddpm_fast.normal, name), torch.device("cpu")) is None
+
+
+def test_the_check_of_the_noise_sees_one_wrong_bit_and_names_an_error() -> None:
+    def one_bit(out: torch.Tensor, *arguments: Any) -> None:
+        torch.ops.ddpm_fast.normal.reference(out, *arguments)
+        out.view(torch.int32)[0, 5] ^= 1
+
+    def broken(*arguments: Any) -> None:
+        raise RuntimeError("no kernel image is available")
+
+    assert backends.check_noise(one_bit, torch.device("cpu")) == "its self-check gave wrong noise"
+    assert backends.check_noise(broken, torch.device("cpu")) == "its self-check failed: no kernel image is available"
+
+
+def test_a_gpu_backend_that_fails_its_check_is_not_used_and_says_so_once() -> None:
+    class OnGpu:
+        is_cpu, is_cuda, dtype, device = False, True, torch.float32, torch.device("cuda")
+
+    tensor: Any = OnGpu()
+    verdicts = {torch.ops.ddpm_fast.normal.cuda: "its self-check gave wrong noise"}
+    with (
+        mock.patch.dict(backends.missing, cuda=None, triton=None),
+        mock.patch.object(backends, "_checked", set()),
+        mock.patch.object(backends, "check_noise", lambda kernel, device: verdicts.get(kernel)),
+    ):
+        with pytest.warns(RuntimeWarning, match="does not use its backend 'cuda': its self-check gave wrong noise"):
+            assert backends.choose(tensor) == "triton"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert backends.choose(tensor) == "triton"
+        assert "cuda" not in df.available_backends()
+        with (
+            pytest.raises(ValueError, match=r"'cuda' is not available \(its self-check gave wrong noise\)"),
+            df.use_backend("cuda"),
+        ):
+            pass

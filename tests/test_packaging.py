@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -76,12 +77,12 @@ def setup(target: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         [sys.executable, *command],
         cwd=ROOT,
-        env={**os.environ, "MAX_JOBS": "2", **environment},
+        env={**os.environ, "MAX_JOBS": "2", "DDPM_FAST_CUDA": "0", **environment},
         capture_output=True,
         text=True,
         check=False,
     )
-    files = shutil.ignore_patterns("_C*", "__pycache__")
+    files = shutil.ignore_patterns("_C*", "_cuda*", "__pycache__")
     shutil.copytree(ROOT / "ddpm_fast", target / "ddpm_fast", ignore=files, dirs_exist_ok=True)
     (target / "sitecustomize.py").write_text(NO_EDITABLE_INSTALL)
     return done
@@ -145,19 +146,73 @@ def test_without_an_extension_the_package_works_and_says_so_once(
     assert "cpu        missing: No module named 'ddpm_fast._C'" in doctor.stdout
 
 
+def fake_nvcc(folder: Path) -> str:
+    """A path whose nvcc knows two architectures and compiles nothing."""
+    script = folder / "nvcc"
+    script.write_text('#!/bin/sh\n[ "$1" = --list-gpu-arch ] && echo compute_80 compute_90 && exit\nexit 1\n')
+    script.chmod(0o755)
+    return f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+
+def test_a_failing_nvcc_costs_the_cuda_backend_alone_and_says_so_once(tmp_path: Path) -> None:
+    done = setup(tmp_path / "build", PATH=fake_nvcc(tmp_path), DDPM_FAST_CUDA="", CXX="/bin/false")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("the CUDA extension was not built (nvcc failed on csrc/cuda/denoise.cu") == 1
+    assert done.stderr.count("the CPU extension was not built") == 1  # of a compiler that fails, which saves the time
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"DDPM_FAST_CUDA": "1"}, "nvcc failed on csrc/cuda/denoise.cu"),
+        ({"DDPM_FAST_CUDA": "1", "PATH": "/nowhere", "CUDA_HOME": "/nowhere"}, "there is no nvcc on the path"),
+        ({"DDPM_FAST_CUDA": "1", "DDPM_FAST_CUDA_ARCHS": "ampere"}, "must be numbers such as '80 90', not ['ampere']"),
+    ],
+    ids=["failing", "missing", "architectures"],
+)
+def test_where_cuda_is_asked_for_its_failure_is_an_error(
+    tmp_path: Path, environment: dict[str, str], message: str
+) -> None:
+    done = setup(tmp_path / "build", **{"PATH": fake_nvcc(tmp_path), "CXX": "/bin/false", **environment})
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on the path")
+def test_one_wheel_holds_both_extensions_and_everything_else(tmp_path: Path) -> None:
+    """For every Python from 3.10 and every torch from 2.10 on: the limited API, the stable ABI."""
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("csrc", "ddpm_fast"):
+        ignored = shutil.ignore_patterns("_C*", "_cuda*", "__pycache__")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
+    environment = {**os.environ, "DDPM_FAST_CUDA": "1", "DDPM_FAST_CUDA_ARCHS": "80"}
+    command = [sys.executable, "setup.py", "-q", "bdist_wheel"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, env=environment)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert "-cp310-abi3-linux_" in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    package = (path for path in (ROOT / "ddpm_fast").rglob("*") if path.suffix in (".py", ".typed", ".safetensors"))
+    assert {str(path.relative_to(ROOT)) for path in package} <= names
+    assert {"ddpm_fast/_C.abi3.so", "ddpm_fast/_cuda.abi3.so"} <= names
+    assert not [name for name in names if name.endswith((".cu", ".cuh", ".cpp", ".h", ".o"))]
+
+
 def test_the_sdist_holds_what_the_build_needs(tmp_path: Path) -> None:
     tracked = ["setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile"]
     for name in tracked:
         shutil.copy(ROOT / name, tmp_path)
     for name in ("csrc", "ddpm_fast"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("_C*", "_cuda*", "__pycache__"))
     command = [sys.executable, "setup.py", "-q", "sdist"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, env=dict(os.environ))
     (archive,) = (tmp_path / "dist").glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
     needed = [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()]
-    assert any(name.endswith("philox.h") for name in needed)
+    assert {"csrc/include/ddpm_fast/philox.h", "csrc/cuda/denoise.cu", "csrc/cuda/noise.cuh"} <= set(needed)
     assert {*needed, *tracked, "ddpm_fast/py.typed", "ddpm_fast/__main__.py"} <= names
 
 

@@ -37,6 +37,8 @@ void denoise(Tensor x_t, Tensor model_output, std::optional<Tensor> unconditiona
              std::optional<Tensor> threshold, std::optional<Tensor> noise, std::optional<Tensor> seed,
              std::optional<Tensor> sample_ids, int64_t stream, Tensor out, std::optional<Tensor> x0_out);
 
+void abs_quantile(Tensor x, double q, Tensor out);
+
 void conv3x3(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
              std::optional<Tensor> prepared, bool upsample, int64_t tile_height, int64_t tile_width, int64_t block,
              Tensor out);

@@ -11,6 +11,7 @@
 #include <limits>
 #include <numeric>
 
+#include "ddpm_fast/moments.h"
 #include "image.h"
 
 namespace ddpm_fast {
@@ -32,27 +33,6 @@ struct NormAct {
   int64_t group_size() const { return width() * pixels; }
   int64_t units() const { return order == Order::kChannelsFirst ? samples * groups : samples; }
 };
-
-// Mean, and sum of squared deviations from it.
-struct Moments {
-  double mean = 0, deviation = 0;
-};
-
-// Chan, Golub and LeVeque's (1979) update of the moments of `count` values with those of `more` others.
-inline void merge(Moments& into, double count, const Moments& other, double more) {
-  const double total = count + more, delta = other.mean - into.mean;
-  into.mean += delta * (more / total);
-  into.deviation += other.deviation + delta * delta * (count * (more / total));
-}
-
-// Moments of n values of which sums of their differences to `about`, and of the squares of these, are known.
-inline Moments moments_about(double about, double sum, double squares, double n) {
-  const double offset = sum / n, deviation = squares - sum * offset;
-  return {about + offset, deviation < 0 ? 0 : deviation};
-}
-
-// What float32 cannot hold of a mean. Without it a large mean would show in the result.
-inline double below_float(double mean) { return mean - static_cast<double>(static_cast<float>(mean)); }
 
 // With v = x + embedding, z = (v - center) * factor + offset, in float32.
 struct ChannelCoefficients {
@@ -128,35 +108,13 @@ class Chunks {
   int64_t channels_, pixels_, repeat_ = 1, step_;
 };
 
-// What the backward pass sums up over the pixels of a channel: the gradient of z, the same times the difference
-// v - center, and the difference.
-struct ChannelSums {
-  double gradient = 0, product = 0, difference = 0;
-};
-inline void operator+=(ChannelSums& into, const ChannelSums& other) {
-  into.gradient += other.gradient;
-  into.product += other.product;
-  into.difference += other.difference;
-}
-// Sums of grad_z * xhat and of xhat.
-inline double xhat_product(const ChannelSums& sums, double mean, double rstd) {
-  return (sums.product - below_float(mean) * sums.gradient) * rstd;
-}
-inline double xhat_sum(const ChannelSums& sums, double pixels, double mean, double rstd) {
-  return (sums.difference - below_float(mean) * pixels) * rstd;
-}
-
-// grad_x = grad_z * factor + ((v - center) * slope + constant): the parts of the gradient along xhat and along the
-// mean are taken out, with `along` their means over the group.
-struct Along {
-  double mean = 0, xhat = 0;
-};
+// The line of GradientLine in float32.
 struct GradientCoefficients {
   float slope, constant;
 };
 inline GradientCoefficients gradient_coefficients(double mean, double rstd, const Along& along) {
-  const double slope = -rstd * along.xhat * rstd;
-  return {plain(slope), plain(-slope * below_float(mean) - rstd * along.mean)};
+  const GradientLine line = gradient_line(mean, rstd, along);
+  return {plain(line.slope), plain(line.constant)};
 }
 
 }  // namespace ddpm_fast

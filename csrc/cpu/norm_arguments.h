@@ -6,7 +6,6 @@
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
-#include <initializer_list>
 #include <optional>
 #include <vector>
 
@@ -59,17 +58,6 @@ class Parameter {
   std::vector<float> copy_;
   ChannelRows rows_;
 };
-
-// The order in which all of the images are read.
-inline Order common_order(std::initializer_list<const Image*> images) {
-  bool first = true, last = true;
-  for (const Image* const image : images) {
-    first = first && image->channels_first();
-    last = last && image->channels_last();
-  }
-  STD_TORCH_CHECK(first || last, "the tensors must all be contiguous, or all channels_last");
-  return first && !(last && (*images.begin())->pixels == 1) ? Order::kChannelsFirst : Order::kChannelsLast;
-}
 
 inline Image image_like(const Tensor& tensor, const Tensor& x, const char* name) {
   STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type() && tensor.is_cpu() && tensor.dim() == x.dim(), name,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..ops import rms_norm_silu
 from .activations import computes
 from .norms import FusedNorm, rows, stand_in, takes
-from .patch import mark
+from .patch import mark, marked
 
 _EPS = 1e-12  # F.normalize's
 
@@ -27,7 +27,8 @@ class FusedRMSNorm(FusedNorm):
         shift: Tensor | None = None,
         embedding: Tensor | None = None,
     ) -> Tensor | None:
-        (weight,) = self._parameters.values()
+        # By name: the replicas of DataParallel have it as an attribute alone.
+        weight = getattr(self, marked(self, "weight"))
         # Another dtype, and autocast, would change the dtype of the result.
         if weight is None or weight.dtype != x.dtype or weight.device != x.device:
             return None
@@ -73,4 +74,5 @@ def why_no_rms_norm(norm: nn.Module) -> str | None:
     if not dims:
         return other
     mark(norm, "dims", tuple(dims))
+    mark(norm, "weight", next(iter(norm._parameters)))
     return None

@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -69,6 +69,47 @@ if missing["cpu"] is not None:
     )
 
 
+# docs/noise.md's test vector: seed, sample number, step and stream, and the bits of the first eight normals.
+_SEED, _SAMPLE, _STEP, _STREAM = 0x0123456789ABCDEF, 7, 123, 3
+_NORMALS = (
+    0x3FE6DFB0, 0x3F8308DD, 0xBF1FED19, 0xBF619C79, 0xC027ABFE, 0xBF7B2601, 0xBE915DE4, 0xBF7E1789,
+)  # fmt: skip
+
+
+def check_noise(kernel: Callable[..., None], device: torch.device) -> str | None:
+    """Why a backend's `normal` is not to be trusted on a device, None where it gives the contract's bits."""
+
+    def number(value: int) -> torch.Tensor:
+        return torch.full((1,), value, dtype=torch.int64, device=device)
+
+    out = torch.empty(1, len(_NORMALS), device=device)
+    try:
+        kernel(out, number(_SEED), number(_SAMPLE), number(_STEP), _STREAM)
+        words = out.cpu().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    except Exception as error:  # a kernel that does not load, launch or finish; whatever it is, it is the reason
+        return f"its self-check failed: {error}"
+    return None if words.tolist() == [list(_NORMALS)] else "its self-check gave wrong noise"
+
+
+_checked: set[str] = set()
+
+
+def _passes(name: str, device: torch.device) -> bool:
+    """Checks a GPU backend when it is first chosen; one that fails is missing from then on, and a warning says why."""
+    if name in _checked or torch.compiler.is_compiling():
+        return True
+    _checked.add(name)
+    missing[name] = check_noise(getattr(torch.ops.ddpm_fast.normal, name), device)
+    if missing[name] is None:
+        return True
+    warnings.warn(
+        f"ddpm_fast does not use its backend {name!r}: {missing[name]}. `ddpm-fast doctor` tests every op.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+    return False
+
+
 def available_backends() -> list[str]:
     """The backends that can run here, the specification first.
 
@@ -111,7 +152,7 @@ def choose(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> str:
     if _forced is None:
         if takes:
             for name in ("cpu",) if on_cpu else ("cuda", "triton") if tensor.is_cuda else ():
-                if missing[name] is None:
+                if missing[name] is None and (on_cpu or _passes(name, tensor.device)):
                     return name
         return "reference"
     if not takes or on_cpu != (_forced == "cpu"):

@@ -240,7 +240,7 @@ def train(
       ddpm-fast train --dataset digits --steps 2000 --out digits
       ddpm-fast train --dataset fashion-mnist --data /usr/share/datasets/fashion-mnist
       ddpm-fast train --dataset folder --data photos --image-size 32 --flip --steps 100000
-      ddpm-fast train --dataset digits --variance learned_range --loss hybrid --timestep-sampler loss_second_moment
+      ddpm-fast train --dataset digits --variance learned_range --loss hybrid
       ddpm-fast train --dataset digits --steps 2000 --out digits --resume
       torchrun --nproc-per-node=2 -m ddpm_fast train --dataset digits --batch-size 128 --out digits
     """
@@ -351,7 +351,7 @@ def sample(
       ddpm-fast sample -n 64 --steps 100
       ddpm-fast sample -n 10000 --seed 3 --solver ddim --steps 50 --format npy --out samples10k
       ddpm-fast sample -n 10000 --solver ddim --steps 50 --estimate
-      torchrun --nproc-per-node=4 -m ddpm_fast sample -n 50000 --shard-size 1000 --format npy --out fid
+      torchrun --nproc-per-node=4 -m ddpm_fast sample -n 50000 --format npy --out fid
     """
     from ddpm_fast.cli.sample import Request, share, write_samples
 

@@ -17,13 +17,25 @@ from torch.distributions import Normal, kl_divergence
 import ddpm_fast
 from ddpm_fast import backends
 from ddpm_fast.backends.reference.random import philox
-from ddpm_fast.ops import bound_terms, denoise, group_norm_silu, q_sample, randn, rms_norm_silu, target_loss
+from ddpm_fast.ops import (
+    abs_quantile,
+    bound_terms,
+    denoise,
+    group_norm_silu,
+    q_sample,
+    randn,
+    rms_norm_silu,
+    target_loss,
+)
 from ddpm_fast.ops.bound import COLUMNS
 from ddpm_fast.ops.conv import cpu_isa
 from ddpm_fast.schedule import NoiseSchedule
 from ddpm_fast.solvers import ddpm_table
 
 _SHAPE = (3, 6, 9, 7)
+
+_Test = Callable[[torch.device], float]
+"""The largest difference from float64 of an op on a device, on the backend that is forced."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +97,7 @@ def self_test() -> list[Result]:
         for backend in backends.available_backends():
             try:
                 with backends.use_backend(backend):
-                    results.append(Result(op, backend, test(), allowed))
+                    results.append(Result(op, backend, test(_device_of(backend)), allowed))
             except Exception as error:  # a broken backend is what this command is there to report
                 results.append(Result(op, backend, math.nan, allowed, " ".join(str(error).split())))
     return results
@@ -103,11 +115,15 @@ def report(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
+def _device_of(backend: str) -> torch.device:
+    return torch.device("cuda" if backend in ("triton", "cuda") else "cpu")
+
+
 def _largest(result: Tensor, exact: Tensor) -> float:
-    return (result.double() - exact).abs().max().item()
+    return (result.double() - exact.to(result.device)).abs().max().item()
 
 
-def _random() -> float:
+def _random(device: torch.device) -> float:
     """Against Box and Muller's transform of the same words in float64."""
     seed = torch.tensor([0x0123456789ABCDEF])
     blocks = torch.arange((math.prod(_SHAPE[1:]) + 3) // 4)
@@ -115,7 +131,7 @@ def _random() -> float:
     r0, r1, r2, r3 = philox(counter, seed)
     values = torch.stack([*_box_muller(r0, r1), *_box_muller(r2, r3)], dim=-1)
     exact = values.reshape(_SHAPE[0], -1)[:, : math.prod(_SHAPE[1:])].reshape(_SHAPE)
-    return _largest(randn(_SHAPE, seed=seed, step=5), exact)
+    return _largest(randn(_SHAPE, seed=seed.to(device), step=5, device=device), exact)
 
 
 def _box_muller(r0: Tensor, r1: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,25 +145,25 @@ def _box_muller(r0: Tensor, r1: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(swap, sine, cosine), torch.where(swap, cosine, sine)
 
 
-def _noise(number: int, channels: int = _SHAPE[1]) -> Tensor:
-    return randn((_SHAPE[0], channels, *_SHAPE[2:]), seed=1, step=number)
+def _noise(number: int, device: torch.device, channels: int = _SHAPE[1]) -> Tensor:
+    return randn((_SHAPE[0], channels, *_SHAPE[2:]), seed=1, step=number, device=device)
 
 
-def _noising() -> float:
+def _noising(device: torch.device) -> float:
     schedule, t = NoiseSchedule.linear(1000), torch.tensor([0, 500, 999])
-    x0 = _noise(0).clamp(-1, 1)
-    x_t, noise = q_sample(x0, t, schedule, seed=1)
+    x0 = _noise(0, device).clamp(-1, 1)
+    x_t, noise = q_sample(x0, t.to(device), schedule, seed=1)
     signal, sigma = (
-        table[t].reshape(-1, 1, 1, 1)
+        table[t].reshape(-1, 1, 1, 1).to(device)
         for table in (schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod)
     )
     return _largest(x_t, signal * x0.double() + sigma * noise.double())
 
 
-def _target_loss() -> float:
-    x0, noise = _noise(0).clamp(-1, 1), randn(_SHAPE, seed=1, stream="training")
-    table, t = torch.tensor([[1.0, 0.0], [0.8, -0.6]]), torch.tensor([0, 1, 1])
-    output = _noise(2).requires_grad_()
+def _target_loss(device: torch.device) -> float:
+    x0, noise = _noise(0, device).clamp(-1, 1), randn(_SHAPE, seed=1, stream="training", device=device)
+    table, t = torch.tensor([[1.0, 0.0], [0.8, -0.6]], device=device), torch.tensor([0, 1, 1], device=device)
+    output = _noise(2, device).requires_grad_()
     losses = target_loss(output, x0, t, table, seed=1)
     (gradient,) = torch.autograd.grad(losses.sum(), output)
     noise_factor, x0_factor = table.double()[t].reshape(-1, 2, 1, 1, 1).unbind(1)
@@ -156,11 +172,11 @@ def _target_loss() -> float:
     return max(_largest(losses.detach(), exact), _largest(gradient * math.prod(_SHAPE[1:]), 2 * difference))
 
 
-def _bound() -> float:
+def _bound(device: torch.device) -> float:
     """Divergences, as torch.distributions has them, for a posterior of variance 1."""
-    x0, x_t = _noise(0).clamp(-1, 1), _noise(1)
-    output = _noise(2, 2 * _SHAPE[1]).clamp(-1, 1)
-    table, t = torch.zeros(2, len(COLUMNS)), torch.tensor([1, 1, 1])
+    x0, x_t = _noise(0, device).clamp(-1, 1), _noise(1, device)
+    output = _noise(2, device, 2 * _SHAPE[1]).clamp(-1, 1)
+    table, t = torch.zeros(2, len(COLUMNS), device=device), torch.tensor([1, 1, 1], device=device)
     from_x0, from_x = 0.5, 0.25
     table[1, COLUMNS.index("mean_from_x0")], table[1, COLUMNS.index("mean_from_x")] = from_x0, from_x
     terms, _ = bound_terms(x0, x_t, output, t, table, prediction="x0", variance="learned")
@@ -170,25 +186,25 @@ def _bound() -> float:
     return _largest(terms, kl_divergence(posterior, step).flatten(1).mean(1) / math.log(2))
 
 
-def _denoise(variance: str) -> Callable[[], float]:
-    def test() -> float:
+def _denoise(variance: str) -> _Test:
+    def test(device: torch.device) -> float:
         learned = variance != "fixed"
         schedule = NoiseSchedule.linear(1000)
         table = ddpm_table(schedule, variance="learned_range" if learned else "fixed_small", guidance_scale=1.5)
-        x_t, z = _noise(0), _noise(1)
-        output, unconditional = (_noise(n, _SHAPE[1] * (2 if learned else 1)).clamp(-1, 1) for n in (2, 3))
+        x_t, z = _noise(0, device), _noise(1, device)
+        output, unconditional = (_noise(n, device, _SHAPE[1] * (2 if learned else 1)).clamp(-1, 1) for n in (2, 3))
         index = torch.tensor([400, 700, 990])
         x_prev = denoise(
             x_t,
             output,
-            table.rows,
-            index,
+            table.rows.to(device),
+            index.to(device),
             variance=variance,
             clip=(-1, 1),
             unconditional=unconditional,
             noise=z,
         )
-        rows = [column.reshape(-1, 1, 1, 1) for column in table.rows64[index].unbind(1)]
+        rows = [column.reshape(-1, 1, 1, 1).to(device) for column in table.rows64[index].unbind(1)]
         x0_from_x, x0_from_e, mean_from_x0, mean_from_x, sigma, log_min, log_max, scale = rows
         c, u = output.double()[:, : _SHAPE[1]], unconditional.double()[:, : _SHAPE[1]]
         x0 = (x0_from_x * x_t.double() - x0_from_e * (u + scale * (c - u))).clamp(-1, 1)
@@ -200,11 +216,16 @@ def _denoise(variance: str) -> Callable[[], float]:
     return test
 
 
-def _norm_inputs(dtype: torch.dtype) -> dict[str, Tensor]:
-    rows = randn((_SHAPE[0], 3 * _SHAPE[1]), seed=2).to(dtype)
-    weight, bias = randn((2, _SHAPE[1]), seed=3).to(dtype)
+def _quantile(device: torch.device) -> float:
+    x = _noise(6, device)
+    return _largest(abs_quantile(x, 0.95), torch.quantile(x.double().flatten(1).abs(), 0.95, dim=1))
+
+
+def _norm_inputs(dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    rows = randn((_SHAPE[0], 3 * _SHAPE[1]), seed=2, device=device).to(dtype)
+    weight, bias = randn((2, _SHAPE[1]), seed=3, device=device).to(dtype)
     scale, shift, embedding = rows.chunk(3, dim=1)
-    inputs = {"x": _noise(4).to(dtype), "weight": weight, "bias": bias, "scale": scale, "shift": shift}
+    inputs = {"x": _noise(4, device).to(dtype), "weight": weight, "bias": bias, "scale": scale, "shift": shift}
     return {name: tensor.clone().requires_grad_() for name, tensor in (inputs | {"embedding": embedding}).items()}
 
 
@@ -239,9 +260,9 @@ def _values(
     norm: Callable[[Tensor, dict[str, Tensor]], Tensor],
     exactly: Callable[[dict[str, Tensor]], Tensor],
     memory_format: torch.memory_format = torch.contiguous_format,
-) -> Callable[[], float]:
-    def test() -> float:
-        inputs, exact = _norm_inputs(torch.float32), exactly(_norm_inputs(torch.float64))
+) -> _Test:
+    def test(device: torch.device) -> float:
+        inputs, exact = _norm_inputs(torch.float32, device), exactly(_norm_inputs(torch.float64, device))
         x = inputs["x"].contiguous(memory_format=memory_format)
         with torch.no_grad():
             return _largest(norm(x, inputs), exact.detach())
@@ -251,18 +272,19 @@ def _values(
 
 def _gradients(
     norm: Callable[[Tensor, dict[str, Tensor]], Tensor], exactly: Callable[[dict[str, Tensor]], Tensor]
-) -> Callable[[], float]:
-    def test() -> float:
-        inputs, exact = _norm_inputs(torch.float32), _norm_inputs(torch.float64)
-        found = torch.autograd.grad(norm(inputs["x"], inputs), list(inputs.values()), _noise(5), materialize_grads=True)
-        expected = torch.autograd.grad(exactly(exact), list(exact.values()), _noise(5).double(), materialize_grads=True)
+) -> _Test:
+    def test(device: torch.device) -> float:
+        inputs, exact = _norm_inputs(torch.float32, device), _norm_inputs(torch.float64, device)
+        grad = _noise(5, device)
+        found = torch.autograd.grad(norm(inputs["x"], inputs), list(inputs.values()), grad, materialize_grads=True)
+        expected = torch.autograd.grad(exactly(exact), list(exact.values()), grad.double(), materialize_grads=True)
         return max(_largest(g, e) for g, e in zip(found, expected, strict=True))
 
     return test
 
 
 # A few units in the last place of the largest values that come up: about 10, and 50 for the gradients.
-_TESTS: dict[str, tuple[Callable[[], float], float]] = {
+_TESTS: dict[str, tuple[_Test, float]] = {
     "random": (_random, 2e-6),
     "noising": (_noising, 2e-6),
     "denoise": (_denoise("fixed"), 5e-6),
@@ -272,6 +294,7 @@ _TESTS: dict[str, tuple[Callable[[], float], float]] = {
     "norm_act": (_values(_norm, _norm_exact), 5e-6),
     "norm_act channels_last": (_values(_norm, _norm_exact, torch.channels_last), 5e-6),
     "norm_act backward": (_gradients(_norm, _norm_exact), 2e-5),
+    "abs_quantile": (_quantile, 2e-6),
     "rms_norm_act": (_values(_rms_norm, _rms_norm_exact), 5e-6),
     "rms_norm_act backward": (_gradients(_rms_norm, _rms_norm_exact), 2e-5),
 }

@@ -5,11 +5,13 @@ from ddpm_fast.ops.conv import conv3x3, plan_conv3x3, prepare_conv3x3
 from ddpm_fast.ops.denoise import denoise
 from ddpm_fast.ops.noising import noised, q_sample
 from ddpm_fast.ops.norm_act import group_norm_silu
+from ddpm_fast.ops.quantile import abs_quantile
 from ddpm_fast.ops.random import randn, random_timesteps
 from ddpm_fast.ops.rms_norm_act import rms_norm_silu
 from ddpm_fast.ops.target_loss import target_loss
 
 __all__ = [
+    "abs_quantile",
     "bound_terms",
     "conv3x3",
     "denoise",

@@ -114,7 +114,8 @@ class BoundNetwork:
         # Both halves are written in one pass, which reads the state once.
         self.target = self.input.unflatten(0, (2, samples)) if self.halves else self.input
         # A row for each step, cut beforehand: the loop then neither builds a tensor nor waits for one.
-        self.times = timesteps.to(x.device)[:, None].expand(-1, batch).contiguous().unbind()
+        self.time_rows = timesteps.to(x.device)[:, None].expand(-1, batch).contiguous()
+        self.times = self.time_rows.unbind()
 
     def time(self, i: int, batch: int) -> Tensor:
         """What the network gets as t in step i, for a batch of that size."""
@@ -123,9 +124,16 @@ class BoundNetwork:
 
     def __call__(self, i: int, x0: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The network's output for step i, and the unconditional one under guidance."""
+        return self._outputs(self.time(i, self.input.shape[0]), x0)
+
+    def at(self, number: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same for the step whose number the tensor, of one element, holds."""
+        time = self.time_rows.index_select(0, number).squeeze(0)
+        return self._outputs(time if self.time_function is None else self.time_function(time), None)
+
+    def _outputs(self, time: Tensor, x0: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.input is not self.x:
             self.target.copy_(self.x)
-        time = self.time(i, self.input.shape[0])
         last: dict[str, Any] = {}
         if self.self_condition is not None:
             if x0 is not None:

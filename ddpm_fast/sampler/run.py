@@ -63,6 +63,16 @@ class Run:
             return None
         return SamplerState(x.clone(), x0 if self.x0 is None else x0.clone(), self.timesteps[i], i)
 
+    def make(self, number: Tensor) -> None:
+        """The step whose number the tensor holds, of a run whose steps are all alike: no history, no hooks.
+
+        `_once` for a step that the host does not know, which is what a graph captures.
+        """
+        with torch.no_grad():
+            output, unconditional = self.network.at(number)
+            noise = self.source.arguments(0, self.apply.stochastic)
+            self.apply(self.x, output, unconditional, number, noise, out=self.x, x0_out=None, gradient=None)
+
     def _once(self, i: int, arguments: Callable[[int, bool], dict[str, Any]], x0: Tensor | None) -> None:
         """Step i itself."""
         x = self.x

@@ -26,6 +26,7 @@ from ddpm_fast.sampler.arguments import (
     parse_threshold,
     parse_time_input,
 )
+from ddpm_fast.sampler.graph import graphed
 from ddpm_fast.sampler.inpaint import Inpainting
 from ddpm_fast.sampler.network import (
     BoundNetwork,
@@ -109,6 +110,12 @@ class Sampler:
         self_condition: whether the model also gets the last step's x0, None in the first, as
             `x_self_cond`, or as the keyword that a string names (Chen, Zhang, Hinton 2023).
         temperature: a factor, at least 0, of the noise that the steps add. It is multiplied into sigma.
+        cuda_graph: whether :meth:`sample` captures a step, model and all, in a CUDA graph and replays it, which gives
+            the same images without the host's work. "auto" does where it can, that is on a CUDA device, with noise from
+            a seed, without hooks, callback, inpainting, corrector or self-conditioning, and with a solver whose steps
+            are alike; a model that cannot be captured then runs without, and a warning says why. True makes that an
+            error. A model whose Python code does other things from call to call needs False: a graph repeats what one
+            call did.
         corrector_steps: updates of Langevin dynamics before each step, at the noise level that it starts from, each
             with a call of the model: predictor-corrector sampling (Song et al. 2021, algorithm 5, in the order of its
             authors' code). Their noise is the stream "corrector", step i * corrector_steps and on.
@@ -150,6 +157,7 @@ class Sampler:
         denoised_fn: Callable[[Tensor], Tensor] | None = None,
         self_condition: bool | str = False,
         temperature: float = 1.0,
+        cuda_graph: bool | Literal["auto"] = "auto",
         corrector_steps: int = 0,
         corrector_snr: float = 0.16,
     ) -> None:
@@ -174,6 +182,8 @@ class Sampler:
         updates = parse_corrector(corrector_steps, corrector_snr, solver, hooks)
         keyword = parse_self_condition(self_condition)
         noise_scale = parse_number("temperature", temperature, low=0.0)
+        if cuda_graph not in ("auto", True, False):
+            raise ValueError(f"cuda_graph must be 'auto', True or False, got {cuda_graph!r}")
         bounds, quantile = parse_clip(clip, mode.clip), parse_threshold(threshold)
         schedule, positions = parse_steps(schedule, mode, steps, timesteps, solver)
         edits_x0 = bounds is not None or quantile is not None or denoised_fn is not None
@@ -187,6 +197,7 @@ class Sampler:
         self._clip = bounds
         self._threshold = quantile
         self._self_condition = keyword
+        self._cuda_graph = cuda_graph
         self._time_function = parse_time_input(time_input, schedule)
         table = mode.table(
             TableRequest(
@@ -522,8 +533,13 @@ class Sampler:
         bar = _progress_bar(self.steps) if progress else None
         try:
             with evaluating(self.model):
+                graph = None if want_state else graphed(run, self._cuda_graph)
                 for i in range(self.steps):
-                    state = run.step(i, want_state)
+                    state = None
+                    if graph is not None:
+                        graph.step(i)
+                    else:
+                        state = run.step(i, want_state)
                     if bar is not None:
                         bar.update()
                     yield state

@@ -36,9 +36,9 @@ class _DeviceTable:
     rows: Tensor
     numbers: tuple[Tensor, ...]  # the steps' numbers, one int64 tensor of one element each
     x0_rows: Tensor
-    output_weight: tuple[Tensor, ...]
-    score: tuple[Tensor, ...]  # (3,): sqrt(1 / abar), sqrt(1 / abar - 1), sqrt(1 - abar)
-    variance: tuple[Tensor, ...]
+    output_weight: Tensor  # (S,), like the next two empty where nothing reads it
+    score: Tensor  # (S, 3): sqrt(1 / abar), sqrt(1 / abar - 1), sqrt(1 - abar)
+    variance: Tensor  # (S,)
 
 
 class Step:
@@ -85,7 +85,7 @@ class Step:
         x_t: Tensor,
         output: Tensor,
         unconditional: Tensor | None,
-        i: int,
+        i: int | Tensor,
         noise: dict[str, Any],
         out: Tensor | None,
         x0_out: Tensor | None,
@@ -94,13 +94,14 @@ class Step:
         """From x_t and the network's outputs for step i to x_{t-1}.
 
         Args:
+            i: the step's number, or an int64 tensor (1,) that holds it.
             noise: `noise`, or `seed` and `sample_ids`, or nothing, as `ops.denoise` takes them.
             out: where to write x_{t-1}; may be x_t.
             x0_out: where to write the x0 that the step was made from.
             gradient: that of `cond_fn`, where there is one.
         """
         on = self._table_on(x_t.device)
-        index = on.numbers[i]
+        index = on.numbers[i] if isinstance(i, int) else i
         # A network may return a view of its input, and a step in place writes there while it still reads.
         output = _apart_from((out, x0_out), output)
         unconditional = None if unconditional is None else _apart_from((out, x0_out), unconditional)
@@ -128,7 +129,7 @@ class Step:
                 x0_out=x0_out,
                 **noise,
             )
-        return self._composed(x_t, output, unconditional, i, on, noise, out, x0_out, gradient)
+        return self._composed(x_t, output, unconditional, index, on, noise, out, x0_out, gradient)
 
     # ------------------------------------------------------------------ more than one kernel
 
@@ -137,14 +138,14 @@ class Step:
         x_t: Tensor,
         output: Tensor,
         unconditional: Tensor | None,
-        i: int,
+        index: Tensor,
         on: _DeviceTable,
         noise: dict[str, Any],
         out: Tensor | None,
         x0_out: Tensor | None,
         gradient: Gradient | None,
     ) -> Tensor:
-        index, hooks = on.numbers[i], self.hooks
+        hooks = self.hooks
         prediction, clip, bound = self.table.prediction, self.clip, None
         network = output
         if hooks.denoised_fn is not None or self.threshold is not None:
@@ -160,7 +161,7 @@ class Step:
             x0 = self._x0(
                 x_t, output, unconditional, on.rows, index, clip, bound, torch.empty_like(x_t), prediction=prediction
             )
-            recip, recipm1, root = on.score[i]
+            recip, recipm1, root = on.score[index].unbind(1)
             epsilon = (recip * x_t - x0) / recipm1 - root * _check_like(gradient(x_t), x_t, "cond_fn")
             x0 = recip * x_t - recipm1 * epsilon
             prediction, output, unconditional = "x0", self._with_variance(x0, output), None
@@ -179,7 +180,7 @@ class Step:
                 x0_out=x0_out,
                 **common,
             )
-            moved = mean + self._variance(x_t, output, i, on) * _check_like(gradient(x_t), x_t, "cond_fn")
+            moved = mean + self._variance(x_t, output, index, on) * _check_like(gradient(x_t), x_t, "cond_fn")
             output = self._with_variance(moved, output)
             return denoise(x_t, output, on.rows, index, prediction="x_prev", variance=self.variance, out=out, **noise)
         if self.table.output_weight is not None:
@@ -198,7 +199,7 @@ class Step:
             **noise,
         )
         if self.table.output_weight is not None:
-            x_prev.addcmul_(network.to(x_prev.dtype), on.output_weight[i])
+            x_prev.addcmul_(network.to(x_prev.dtype), on.output_weight[index])
         return x_prev
 
     def _x0(
@@ -235,13 +236,13 @@ class Step:
             return prediction
         return torch.cat([prediction, output[:, prediction.shape[1] :].to(prediction.dtype)], dim=1)
 
-    def _variance(self, x_t: Tensor, output: Tensor, i: int, on: _DeviceTable) -> Tensor:
+    def _variance(self, x_t: Tensor, output: Tensor, index: Tensor, on: _DeviceTable) -> Tensor:
         """The variance that a gradient is weighed with."""
         if self.variance == "fixed":
-            return on.variance[i]
+            return on.variance[index]
         log_variance = output[:, x_t.shape[1] :].float()
         if self.variance == "learned_range":
-            log_min, log_max = on.rows[i, 5], on.rows[i, 6]
+            log_min, log_max = on.rows[index, 5], on.rows[index, 6]
             fraction = (log_variance + 1) / 2
             log_variance = fraction * log_max + (1 - fraction) * log_min
         return log_variance.exp()
@@ -253,8 +254,7 @@ class Step:
         if found is None:
             table, schedule = self.table, self.schedule
             numbers = torch.arange(table.steps, dtype=torch.int64, device=device)
-            score: tuple[Tensor, ...] = ()
-            variance: tuple[Tensor, ...] = ()
+            score = variance = nothing = torch.empty(0, device=device)
             updates = table.steps // schedule.timesteps  # rows of a timestep
             if self.hooks.cond_fn is not None:
                 columns = [
@@ -262,14 +262,14 @@ class Step:
                     schedule.sqrt_recipm1_alphas_cumprod.float(),
                     (1.0 - schedule.alphas_cumprod.float()).double().sqrt().float(),
                 ]
-                score = torch.stack(columns, dim=1).flip(0).repeat_interleave(updates, 0).to(device).unbind()
-                variance = _step_variance(table, schedule).float().flip(0).to(device).unbind()
+                score = torch.stack(columns, dim=1).flip(0).repeat_interleave(updates, 0).to(device)
+                variance = _step_variance(table, schedule).float().flip(0).to(device)
             weight = table.output_weight
             found = _DeviceTable(
                 rows=table.rows.to(device),
                 numbers=numbers.view(-1, 1).unbind(),
                 x0_rows=(table.rows if table.x0_rows is None else table.x0_rows).to(device),
-                output_weight=() if weight is None else weight.to(device).unbind(),
+                output_weight=nothing if weight is None else weight.to(device),
                 score=score,
                 variance=variance,
             )

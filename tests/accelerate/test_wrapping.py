@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import io
 
-import diffusers
 import pytest
 import torch
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import forward_ad
@@ -24,9 +24,7 @@ from .test_rewrite import Functional
 def _compiled_blocks() -> dict[str, tuple[nn.Module, tuple[torch.Tensor, ...]]]:
     """Tracing takes seconds: a block of each kind of patch."""
     x, emb = torch.randn(2, 8, 4, 4), torch.randn(2, o.EMBEDDING)
-    resnet = diffusers.models.resnet.ResnetBlock2D(
-        in_channels=8, temb_channels=o.EMBEDDING, groups=4, time_embedding_norm="scale_shift"
-    )
+    resnet = ResnetBlock2D(in_channels=8, temb_channels=o.EMBEDDING, groups=4, time_embedding_norm="scale_shift")
     return {
         "checkpoint": (o.GuidedResBlock(8, 8, scale_shift=True, checkpointed=True), (x, emb)),
         "function": (o.CompVisResnetBlock(8, 8), (x, emb)),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 
-def _rows(parameter: Tensor | None, x: Tensor, absent: float) -> Tensor:
+def rows_of(parameter: Tensor | None, x: Tensor, absent: float) -> Tensor:
     """A (C,) or (N, C) parameter as float64 that broadcasts against (N, C, P)."""
     if parameter is None:
         return torch.full((1, 1, 1), absent, dtype=torch.float64, device=x.device)
@@ -42,12 +42,12 @@ def norm_act(
     """Writes y (N, C, *) to `out` and, where given, the statistics (N, G) of the groups, in float64."""
     if x.numel() == 0:
         return
-    v = x.double().reshape(*x.shape[:2], -1) + _rows(embedding, x, 0)
+    v = x.double().reshape(*x.shape[:2], -1) + rows_of(embedding, x, 0)
     group_variance, group_mean = torch.var_mean(_groups(v, num_groups), dim=2, correction=0)
     group_rstd = (group_variance + eps).rsqrt()
     xhat = ((_groups(v, num_groups) - group_mean.unsqueeze(2)) * group_rstd.unsqueeze(2)).reshape(v.shape)
-    z = xhat * _rows(weight, x, 1) + _rows(bias, x, 0)
-    z = z * (1 + _rows(scale, x, 0)) + _rows(shift, x, 0)
+    z = xhat * rows_of(weight, x, 1) + rows_of(bias, x, 0)
+    z = z * (1 + rows_of(scale, x, 0)) + rows_of(shift, x, 0)
     out.copy_((torch.nn.functional.silu(z) if activation else z).reshape(x.shape))
     if mean is not None:
         mean.copy_(group_mean)
@@ -81,7 +81,7 @@ def norm_act_backward(
             if gradient is not None:
                 gradient.zero_()
         return
-    grouped, row = partial(_groups, num_groups=num_groups), partial(_rows, x=x)
+    grouped, row = partial(_groups, num_groups=num_groups), partial(rows_of, x=x)
     v = x.double().reshape(*x.shape[:2], -1) + row(embedding, absent=0)
     xhat = ((grouped(v) - mean.double().unsqueeze(2)) * rstd.double().unsqueeze(2)).reshape(v.shape)
     w, b, one_plus_scale = row(weight, absent=1), row(bias, absent=0), 1 + row(scale, absent=0)

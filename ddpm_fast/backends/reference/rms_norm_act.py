@@ -13,12 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-
-def _rows(parameter: Tensor | None, x: Tensor, absent: float) -> Tensor:
-    """A (C,) or (N, C) parameter as float64 that broadcasts against (N, C, P)."""
-    if parameter is None:
-        return torch.full((1, 1, 1), absent, dtype=torch.float64, device=x.device)
-    return parameter.double().reshape(-1, x.shape[1], 1)
+from ddpm_fast.backends.reference.norm_act import rows_of
 
 
 def rms_norm_act(
@@ -36,7 +31,7 @@ def rms_norm_act(
         return
     v = x.double().reshape(*x.shape[:2], -1)
     r = math.sqrt(x.shape[1]) / v.norm(dim=1).clamp(min=eps)
-    z = v * r.unsqueeze(1) * (_rows(weight, x, 1) * (1 + _rows(scale, x, 0))) + _rows(shift, x, 0)
+    z = v * r.unsqueeze(1) * (rows_of(weight, x, 1) * (1 + rows_of(scale, x, 0))) + rows_of(shift, x, 0)
     out.copy_((torch.nn.functional.silu(z) if activation else z).reshape(x.shape))
     if rrms is not None:
         rrms.copy_(r)
@@ -64,11 +59,11 @@ def rms_norm_act_backward(
         return
     v = x.double().reshape(*x.shape[:2], -1)
     r = rrms.double().unsqueeze(1)
-    w, one_plus_scale = _rows(weight, x, 1), 1 + _rows(scale, x, 0)
+    w, one_plus_scale = rows_of(weight, x, 1), 1 + rows_of(scale, x, 0)
     xhat = v * r
     grad_z = grad_out.double().reshape(v.shape)
     if activation:
-        z = xhat * w * one_plus_scale + _rows(shift, x, 0)
+        z = xhat * w * one_plus_scale + rows_of(shift, x, 0)
         sigmoid = torch.sigmoid(z)
         grad_z = grad_z * (sigmoid * (1 + z * (1 - sigmoid)))
     products = (grad_z * xhat).sum(2, keepdim=True)

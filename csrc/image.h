@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <initializer_list>
 
 namespace ddpm_fast {
 
@@ -32,5 +33,8 @@ Image image_of(const torch::stable::Tensor& tensor, const char* name);
 
 // The same, and throws unless every sample is one run of memory.
 Image dense_image_of(const torch::stable::Tensor& tensor, const char* name);
+
+// The order in which all of the images are read. Throws where there is none.
+Order common_order(std::initializer_list<const Image*> images);
 
 }  // namespace ddpm_fast

@@ -9,7 +9,7 @@ Source::Source(const Tensor& tensor, const char* name)
     : data(tensor.const_data_ptr()), type(tensor.scalar_type()), image(image_of(tensor, name)) {
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16 ||
                       type == ScalarType::Byte,
-                  name, " has a dtype that the cpu backend does not read");
+                  name, " has a dtype that the kernels do not read");
 }
 
 Source Source::from_channel(int64_t channel) const {

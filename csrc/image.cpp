@@ -31,4 +31,14 @@ Image dense_image_of(const torch::stable::Tensor& tensor, const char* name) {
   return image;
 }
 
+Order common_order(std::initializer_list<const Image*> images) {
+  bool first = true, last = true;
+  for (const Image* const image : images) {
+    first = first && image->channels_first();
+    last = last && image->channels_last();
+  }
+  STD_TORCH_CHECK(first || last, "the tensors must all be contiguous, or all channels_last");
+  return first && !(last && (*images.begin())->pixels == 1) ? Order::kChannelsFirst : Order::kChannelsLast;
+}
+
 }  // namespace ddpm_fast

@@ -1,0 +1,186 @@
+// Reading and writing groups of V neighbouring elements: one access of up to 16 bytes where the group is aligned, one
+// an element elsewhere.
+#pragma once
+
+#include <type_traits>
+
+#include "arguments.h"
+#include "scalar.cuh"
+
+namespace ddpm_fast {
+namespace cuda {
+
+// A group as it lies in memory; it is widened when it is used, so that the reads of several tensors overlap.
+template <int V> struct Raw {
+  uint32_t word[V];
+};
+
+// The intrinsics are plain loads and stores that the compiler leaves whole: it would merge an access of 16 bytes with the
+// single ones of the other branch, and take those.
+template <int kBytes> DDPM_FAST_INLINE void load_words(uint32_t* word, const char* from) {
+  if constexpr (kBytes >= 16) {
+#pragma unroll
+    for (int i = 0; i < kBytes / 16; ++i) {
+      const uint4 v = __ldca(reinterpret_cast<const uint4*>(from) + i);
+      word[4 * i] = v.x, word[4 * i + 1] = v.y, word[4 * i + 2] = v.z, word[4 * i + 3] = v.w;
+    }
+  } else if constexpr (kBytes == 8) {
+    const uint2 v = __ldca(reinterpret_cast<const uint2*>(from));
+    word[0] = v.x, word[1] = v.y;
+  } else {
+    static_assert(kBytes == 4);
+    word[0] = __ldca(reinterpret_cast<const uint32_t*>(from));
+  }
+}
+
+template <int kBytes> DDPM_FAST_INLINE void store_words(void* to, const uint32_t* word) {
+  if constexpr (kBytes == 16) {
+    __stwb(static_cast<uint4*>(to), make_uint4(word[0], word[1], word[2], word[3]));
+  } else {
+    static_assert(kBytes == 8);
+    __stwb(static_cast<uint2*>(to), make_uint2(word[0], word[1]));
+  }
+}
+
+template <int kSize, int V> DDPM_FAST_INLINE void load_single(Raw<V>& raw, int j, const char* data, int64_t at) {
+  if constexpr (kSize == 4) {
+    raw.word[j] = reinterpret_cast<const uint32_t*>(data)[at];
+  } else if constexpr (kSize == 2) {
+    raw.word[j / 2] |= uint32_t{reinterpret_cast<const uint16_t*>(data)[at]} << j % 2 * 16;
+  } else {
+    raw.word[j / 4] |= uint32_t{reinterpret_cast<const uint8_t*>(data)[at]} << j % 4 * 8;
+  }
+}
+
+template <Type kType, int V> DDPM_FAST_INLINE F widened(const Raw<V>& raw, int j) {
+  const uint32_t half = raw.word[j / 2] >> j % 2 * 16;
+  switch (kType) {
+    case kFloat32: return {__uint_as_float(raw.word[j])};
+    case kFloat16: return {__half2float(__ushort_as_half(static_cast<uint16_t>(half)))};
+    case kBFloat16: return {__uint_as_float(half << 16)};
+    default: return {__uint2float_rn(raw.word[j / 4] >> j % 4 * 8 & 0xffu)};
+  }
+}
+
+// The elements of one sample of a tensor that lies in the target's order, its dtype known to the compiler.
+template <Type kType> struct PlainReader {
+  static constexpr int kSize = size_of(kType);
+  const char* data;
+  bool vector;
+
+  DDPM_FAST_INLINE PlainReader(const void* tensor, const View& view, int64_t sample)
+      : data(static_cast<const char*>(tensor)), vector(view.vector) {
+    if (data != nullptr) data += sample * view.sample_stride * kSize;
+  }
+  DDPM_FAST_INLINE explicit operator bool() const { return data != nullptr; }
+  DDPM_FAST_INLINE Type type() const { return kType; }
+
+  // Elements e .. e + count - 1.
+  template <int V> DDPM_FAST_INLINE Raw<V> read(int64_t e, int count) const {
+    Raw<V> raw{};
+    if (vector && count == V) {
+      load_words<kSize * V>(raw.word, data + kSize * e);
+    } else {
+#pragma unroll
+      for (int j = 0; j < V; ++j)
+        if (j < count) load_single<kSize>(raw, j, data, e + j);
+    }
+    return raw;
+  }
+  template <int V> DDPM_FAST_INLINE void widen(F (&out)[V], const Raw<V>& raw) const {
+#pragma unroll
+    for (int j = 0; j < V; ++j) out[j] = widened<kType>(raw, j);
+  }
+};
+
+// The same for any dtype and order.
+struct GeneralReader {
+  const char* data;
+  const View& view;
+
+  DDPM_FAST_INLINE GeneralReader(const void* tensor, const View& view_, int64_t sample)
+      : data(static_cast<const char*>(tensor)), view(view_) {
+    if (data != nullptr) data += sample * view.sample_stride * size_of(view.type);
+  }
+  DDPM_FAST_INLINE explicit operator bool() const { return data != nullptr; }
+  DDPM_FAST_INLINE Type type() const { return view.type; }
+
+  template <int V> DDPM_FAST_INLINE Raw<V> read(int64_t e, int count) const {
+    Raw<V> raw{};
+    if (view.vector && count == V) {
+      switch (view.type) {
+        case kFloat32: load_words<4 * V>(raw.word, data + 4 * e); break;
+        case kUint8: load_words<V>(raw.word, data + e); break;
+        default: load_words<2 * V>(raw.word, data + 2 * e);
+      }
+      return raw;
+    }
+    const int64_t outer = ((e | view.inner) >> 32) == 0 ? static_cast<uint32_t>(e) / static_cast<uint32_t>(view.inner)
+                                                        : e / view.inner;
+    int64_t inner = e - outer * view.inner, at = outer * view.outer_stride + inner * view.inner_stride;
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      if (j >= count) break;
+      switch (view.type) {
+        case kFloat32: load_single<4>(raw, j, data, at); break;
+        case kUint8: load_single<1>(raw, j, data, at); break;
+        default: load_single<2>(raw, j, data, at);
+      }
+      at += view.inner_stride;
+      if (++inner == view.inner) {
+        inner = 0;
+        at += view.outer_stride - view.inner * view.inner_stride;
+      }
+    }
+    return raw;
+  }
+  template <int V> DDPM_FAST_INLINE void widen(F (&out)[V], const Raw<V>& raw) const {
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      switch (view.type) {
+        case kFloat32: out[j] = widened<kFloat32>(raw, j); break;
+        case kFloat16: out[j] = widened<kFloat16>(raw, j); break;
+        case kBFloat16: out[j] = widened<kBFloat16>(raw, j); break;
+        default: out[j] = widened<kUint8>(raw, j);
+      }
+    }
+  }
+};
+
+template <class T> constexpr Type kTypeOf = kFloat32;
+template <> constexpr Type kTypeOf<__half> = kFloat16;
+template <> constexpr Type kTypeOf<__nv_bfloat16> = kBFloat16;
+
+template <bool kGeneral, Type kType>
+using Reader = std::conditional_t<kGeneral, GeneralReader, PlainReader<kType>>;
+
+// A row of a table with so many. There is nothing to write for one that does not exist, and reading past the end would
+// go unnoticed: the launch fails, as torch's own indexing does.
+DDPM_FAST_INLINE int64_t row_of(int64_t index, int64_t rows) {
+  if (index < 0 || index >= rows) __trap();
+  return index;
+}
+
+// Writes the first `count` of V values, rounded to T.
+template <class T, int V> DDPM_FAST_INLINE void write(T* to, const F (&values)[V], int count, bool vector) {
+  if (vector && count == V) {
+    uint32_t word[V];
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      if constexpr (sizeof(T) == 4) {
+        word[j] = bits_of(narrow<T>(values[j].v));
+      } else if (j % 2 == 0) {
+        word[j / 2] = bits_of(narrow<T>(values[j].v)) | bits_of(narrow<T>(values[j + 1].v)) << 16;
+      }
+    }
+    store_words<V * sizeof(T)>(to, word);
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    if (j < count) to[j] = narrow<T>(values[j].v);
+  }
+}
+
+}  // namespace cuda
+}  // namespace ddpm_fast

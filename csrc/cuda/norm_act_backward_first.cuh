@@ -1,0 +1,192 @@
+// The derivative of GroupNorm, scale and shift, and SiLU with channels first.
+#pragma once
+
+#include "norm_act_backward.cuh"
+#include "norm_act_first.cuh"
+
+namespace ddpm_fast {
+namespace cuda {
+
+template <class T>
+__device__ __forceinline__ Images<T> tile_of(const T* grad_out, const T* x, T* grad_x, const FirstTile& tile,
+                                             const NormActOp& op) {
+  const int64_t at = tile.group * op.group_size + tile.start;
+  return {grad_out + tile.sample * op.grad_stride + at, x + tile.sample * op.x_stride + at,
+          grad_x == nullptr ? nullptr : grad_x + tile.sample * op.out_stride + at};
+}
+
+template <class T>
+__device__ __forceinline__ uint4 gradient_vector(const Vectors& v, int i, const FirstTile& tile, const NormActOp& op,
+                                                 const float4* coefficient, const float2& line) {
+  float grad[kWidth<T>], x[kWidth<T>];
+  unpack<T>(v.grad, grad);
+  unpack<T>(v.x, x);
+  for_channels<T>(i, tile, op, coefficient, [&](int j, const float4& k) {
+    grad[j] = gradient_of_x(grad[j], x[j], k, line, op.activation);
+  });
+  return pack<T>(grad);
+}
+
+// The sums of one span of vectors of a channel, which op.lanes threads share; elements of other channels at its ends
+// are left out.
+template <class T>
+__device__ __forceinline__ Sums span_sums(int channel, int span, const FirstTile& tile, const NormActOp& op,
+                                          const uint4* kept_grad, const uint4* kept_x, const float4& k) {
+  constexpr int V = kWidth<T>;
+  const int begin = max(channel * op.pixels - tile.pixel, 0);
+  const int end = min((channel + 1) * op.pixels - tile.pixel, tile.count);
+  const int first = begin / V + span * op.span, last = min(first + op.span, (end + V - 1) / V);
+  Sums sums = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 1
+  for (int i = first + lane() % op.lanes; i < last; i += op.lanes) {
+    float grad[V], x[V], product[V];
+    unpack<T>(kept_grad[i], grad);
+    unpack<T>(kept_x[i], x);
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      x[j] = (x[j] + k.x) - k.y;
+      grad[j] = gradient_of_z(grad[j], x[j], k, op.activation);
+    }
+    if (i * V < begin || i * V + V > end) {
+#pragma unroll
+      for (int j = 0; j < V; ++j)
+        if (i * V + j < begin || i * V + j >= end) grad[j] = x[j] = 0.0f;
+    }
+#pragma unroll
+    for (int j = 0; j < V; ++j) product[j] = grad[j] * x[j];
+    sums = sums + make_float4(tree_sum(grad), tree_sum(product), tree_sum(x), 0.0f);
+  }
+  return sums;
+}
+
+// One block a tile. sums: op.slots a tile; along: one a group.
+template <class T>
+__global__ void __launch_bounds__(kMostThreads, 3)
+    norm_act_backward_first(const T* grad_out, const T* x, T* grad_x, const void* weight, const void* bias,
+                            const void* scale, const void* shift, const void* embedding, const double* mean,
+                            const double* rstd, Sums* sums, double2* along, const NormActOp op) {
+  extern __shared__ uint4 shared[];
+  __shared__ double of_warps[kWarp], more_of_warps[kWarp];
+  __shared__ double2 own;
+  __shared__ float2 line;
+  constexpr int V = kWidth<T>;
+  const Parameters given{weight, bias, scale, shift, embedding};
+  const FirstTile tile = first_tile<T>(op, blockIdx.x);
+  const int most = (op.step + V - 1) / V;
+  uint4 *const kept_grad = shared, *const kept_x = shared + most;
+  float4* const coefficient = reinterpret_cast<float4*>(kept_x + most);
+  Sums* const of_spans = coefficient + op.slots;
+  const int64_t unit = tile.sample * op.groups + tile.group;
+  const double2 statistics = make_double2(mean[unit], rstd[unit]);
+  const int first_channel = tile.group * op.width + tile.channel, tid = threadIdx.x, threads = blockDim.x;
+#pragma unroll 1
+  for (int c = tid; c < tile.channels; c += threads)
+    coefficient[c] = coefficients(given, op, tile.sample, first_channel + c, statistics.x, statistics.y);
+  const Images<T> images = tile_of(grad_out, x, grad_x, tile, op);
+  const int whole = whole_vectors<T>(tile, is_aligned(images.grad_out) && is_aligned(images.x));
+  for_vectors<2>(
+      tid, whole, tile.vectors, threads,
+      [&](int i) { return Vectors{load(images.grad_out + i * V), load(images.x + i * V)}; },
+      [&](int i) {
+        const int count = tile.count - i * V;
+        return Vectors{load(images.grad_out + i * V, count), load(images.x + i * V, count)};
+      },
+      [&](int i, const Vectors& v) {
+        kept_grad[i] = v.grad;
+        kept_x[i] = v.x;
+      });
+  __syncthreads();
+
+  // Teams of a warp take spans side by side; all of its threads stay for the sums.
+  const int teams = threads / op.lanes, spans = tile.channels * op.spans;
+#pragma unroll 1
+  for (int first = warp() * (kWarp / op.lanes); first < spans; first += teams) {
+    const int span = first + lane() / op.lanes, channel = span / op.spans;
+    Sums sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (span < spans)
+      sum = span_sums<T>(channel, span - channel * op.spans, tile, op, kept_grad, kept_x, coefficient[channel]);
+    sum.x = team_sum(sum.x, op.lanes);
+    sum.y = team_sum(sum.y, op.lanes);
+    sum.z = team_sum(sum.z, op.lanes);
+    if (span < spans && lane() % op.lanes == 0) of_spans[span] = sum;
+  }
+  __syncthreads();
+  double2 part = make_double2(0, 0);
+#pragma unroll 1
+  for (int c = tid; c < tile.channels; c += threads) {
+    Sums sum = of_spans[c * op.spans];
+#pragma unroll 1
+    for (int i = 1; i < op.spans; ++i) sum = sum + of_spans[c * op.spans + i];
+    sums[static_cast<int64_t>(blockIdx.x) * op.slots + c] = sum;
+    const double2 more = along_of(given, op, tile.sample, first_channel + c, widened(sum), statistics);
+    part.x += more.x;
+    part.y += more.y;
+  }
+  if (op.statistics == kGiven) return;
+
+  const bool cluster = op.statistics == kCluster;
+  part = make_double2(block_sum(part.x, of_warps), block_sum(part.y, more_of_warps));
+  if (cluster) {
+    if (tid == 0) own = part;
+    cluster_arrive();
+    cluster_wait();
+    const int rank = lane() < op.parts ? lane() : 0;
+    const double2 other = *in_block(&own, rank);
+    part.x = warp_sum(lane() < op.parts ? other.x : 0.0);
+    part.y = warp_sum(lane() < op.parts ? other.y : 0.0);
+    cluster_arrive();
+  }
+  if (tid == 0) {
+    const double size = static_cast<double>(op.group_size);
+    const double2 means = make_double2(part.x / size, part.y / size);
+    if (tile.part == 0) along[unit] = means;
+    line = line_of(statistics, means);
+  }
+  __syncthreads();
+  if (images.grad_x != nullptr) {
+    const bool aligned = is_aligned(images.grad_x);
+#pragma unroll 1
+    for (int i = tid; i < tile.vectors; i += threads)
+      store(images.grad_x + i * V,
+            gradient_vector<T>({kept_grad[i], kept_x[i]}, i, tile, op, coefficient, line), aligned,
+            tile.count - i * V);
+  }
+  if (cluster) cluster_wait();
+}
+
+template <class T>
+__global__ void __launch_bounds__(kMostThreads, 2)
+    norm_act_backward_apply_first(const T* grad_out, const T* x, T* grad_x, const void* weight, const void* bias,
+                                  const void* scale, const void* shift, const void* embedding, const double* mean,
+                                  const double* rstd, const double2* along, const NormActOp op) {
+  extern __shared__ uint4 shared[];
+  constexpr int V = kWidth<T>;
+  const Parameters given{weight, bias, scale, shift, embedding};
+  const FirstTile tile = first_tile<T>(op, blockIdx.x);
+  float4* const coefficient = reinterpret_cast<float4*>(shared);
+  const int64_t unit = tile.sample * op.groups + tile.group;
+  const double2 statistics = make_double2(mean[unit], rstd[unit]);
+#pragma unroll 1
+  for (int c = threadIdx.x; c < tile.channels; c += blockDim.x)
+    coefficient[c] = coefficients(given, op, tile.sample, tile.group * op.width + tile.channel + c, statistics.x,
+                                  statistics.y);
+  const float2 line = line_of(statistics, along[unit]);
+  __syncthreads();
+  const Images<T> images = tile_of(grad_out, x, grad_x, tile, op);
+  const int whole = whole_vectors<T>(tile, is_aligned(images.grad_out) && is_aligned(images.x));
+  const bool aligned = is_aligned(images.grad_x);
+  for_vectors<2>(
+      threadIdx.x, whole, tile.vectors, blockDim.x,
+      [&](int i) { return Vectors{load(images.grad_out + i * V), load(images.x + i * V)}; },
+      [&](int i) {
+        const int count = tile.count - i * V;
+        return Vectors{load(images.grad_out + i * V, count), load(images.x + i * V, count)};
+      },
+      [&](int i, const Vectors& v) {
+        store(images.grad_x + i * V, gradient_vector<T>(v, i, tile, op, coefficient, line), aligned,
+              tile.count - i * V);
+      });
+}
+
+}  // namespace cuda
+}  // namespace ddpm_fast

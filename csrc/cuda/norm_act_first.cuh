@@ -1,0 +1,215 @@
+// GroupNorm, scale and shift, and SiLU with channels first: a group is one run of memory.
+#pragma once
+
+#include "norm_act_device.cuh"
+
+namespace ddpm_fast {
+namespace cuda {
+
+// Elements start .. start + count - 1 of a group; its vectors begin at multiples of kWidth from there.
+struct FirstTile {
+  int64_t sample, start;
+  int group, part, count, vectors;
+  int channel, channels, pixel;  // the channels of the group that it touches, and the first of its pixels in the first
+};
+
+template <class T> __device__ __forceinline__ FirstTile first_tile(const NormActOp& op, int64_t index) {
+  FirstTile tile;
+  const int64_t unit = index / op.parts;
+  tile.part = static_cast<int>(index - unit * op.parts);
+  tile.sample = unit / op.groups;
+  tile.group = static_cast<int>(unit - tile.sample * op.groups);
+  tile.start = static_cast<int64_t>(tile.part) * op.step;
+  tile.count = static_cast<int>(min(static_cast<int64_t>(op.step), op.group_size - tile.start));
+  tile.vectors = (tile.count + kWidth<T> - 1) / kWidth<T>;
+  tile.channel = static_cast<int>(tile.start / op.pixels);
+  tile.pixel = static_cast<int>(tile.start - static_cast<int64_t>(tile.channel) * op.pixels);
+  tile.channels = op.by_pixels(tile.pixel + tile.count - 1) + 1;
+  return tile;
+}
+
+// The vectors of a tile that one load reads, given the memory that they lie in.
+template <class T> __device__ __forceinline__ int whole_vectors(const FirstTile& tile, bool aligned) {
+  return aligned ? tile.count / kWidth<T> : 0;
+}
+
+// Calls f(j, k) for each element j of vector i, k the tile's coefficients of its channel.
+template <class T, class F>
+__device__ __forceinline__ void for_channels(int i, const FirstTile& tile, const NormActOp& op,
+                                             const float4* of_channel, const F& f) {
+  int pixel = tile.pixel + i * kWidth<T>, channel = op.by_pixels(pixel);
+  pixel -= channel * op.pixels;
+  if (pixel + kWidth<T> <= op.pixels) {
+    const float4 k = of_channel[channel];
+#pragma unroll
+    for (int j = 0; j < kWidth<T>; ++j) f(j, k);
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < kWidth<T>; ++j) {
+    f(j, of_channel[min(channel, tile.channels - 1)]);
+    if (++pixel == op.pixels) {
+      pixel = 0;
+      ++channel;
+    }
+  }
+}
+
+template <class T>
+__device__ __forceinline__ uint4 normalised(const uint4& v, int i, const FirstTile& tile, const NormActOp& op,
+                                            const float4* coefficient) {
+  float z[kWidth<T>];
+  unpack<T>(v, z);
+  for_channels<T>(i, tile, op, coefficient, [&](int j, const float4& k) { z[j] = normalised(z[j], k); });
+  activate(z, op.activation);
+  return pack<T>(z);
+}
+
+// The moments of a tile that is read into `kept`, in two passes; every thread of the first warp gets them.
+template <class T>
+__device__ __forceinline__ double2 tile_moments(const T* x, const FirstTile& tile, const NormActOp& op, bool embedded,
+                                                const float4* coefficient, uint4* kept) {
+  constexpr int V = kWidth<T>;
+  __shared__ float of_warps[kWarp];
+  __shared__ float2 two_of_warps[kWarp];
+  const int tid = threadIdx.x, threads = blockDim.x;
+  const auto values = [&](const uint4& v, int i, float (&value)[V]) {
+    unpack<T>(v, value);
+    if (embedded)
+      for_channels<T>(i, tile, op, coefficient, [&](int j, const float4& k) { value[j] += k.x; });
+  };
+  const auto drop_beyond_end = [&](float (&value)[V], int i) {
+    if (tile.count - i * V >= V) return;
+#pragma unroll
+    for (int j = 0; j < V; ++j)
+      if (j >= tile.count - i * V) value[j] = 0.0f;
+  };
+
+  float sum = 0;
+  for_vectors(
+      tid, whole_vectors<T>(tile, is_aligned(x)), tile.vectors, threads, [&](int i) { return load(x + i * V); },
+      [&](int i) { return load(x + i * V, tile.count - i * V); },
+      [&](int i, const uint4& v) {
+        kept[i] = v;
+        float value[V];
+        values(v, i, value);
+        drop_beyond_end(value, i);
+        sum += tree_sum(value);
+      });
+  const float about = block_sum(sum, of_warps) / static_cast<float>(tile.count);
+
+  float2 sums = make_float2(0.0f, 0.0f);  // of the differences to `about`, and of their squares
+#pragma unroll 2
+  for (int i = tid; i < tile.vectors; i += threads) {
+    float value[V], square[V];
+    values(kept[i], i, value);
+#pragma unroll
+    for (int j = 0; j < V; ++j) value[j] -= about;
+    drop_beyond_end(value, i);
+#pragma unroll
+    for (int j = 0; j < V; ++j) square[j] = value[j] * value[j];
+    sums.x += tree_sum(value);
+    sums.y += tree_sum(square);
+  }
+  sums.x = warp_sum(sums.x);
+  sums.y = warp_sum(sums.y);
+  if (lane() == 0) two_of_warps[warp()] = sums;
+  __syncthreads();
+  if (warp() != 0) return make_double2(0, 0);
+  sums = lane() < warps() ? two_of_warps[lane()] : make_float2(0.0f, 0.0f);
+  const Moments m = moments_about(about, warp_sum(static_cast<double>(sums.x)),
+                                  warp_sum(static_cast<double>(sums.y)), tile.count);
+  return make_double2(m.mean, m.deviation);
+}
+
+// One block a tile: keeps it in shared memory between its statistics and its result, or, where op.statistics is
+// kGiven, writes its moments for norm_act_combine and leaves the rest to norm_act_apply_first.
+template <class T>
+__global__ void __launch_bounds__(kMostThreads, 3)
+    norm_act_first(const T* x, T* out, const void* weight, const void* bias, const void* scale, const void* shift,
+                   const void* embedding, double* mean, double* rstd, double2* moments, const NormActOp op) {
+  extern __shared__ uint4 shared[];
+  __shared__ double2 statistics, own;
+  constexpr int V = kWidth<T>;
+  const Parameters given{weight, bias, scale, shift, embedding};
+  const FirstTile tile = first_tile<T>(op, blockIdx.x);
+  uint4* const kept = shared;
+  float4* const coefficient = reinterpret_cast<float4*>(shared + (op.step + V - 1) / V);
+  const int first_channel = tile.group * op.width + tile.channel;
+  const int64_t at = tile.group * op.group_size + tile.start;
+  if (embedding) {
+#pragma unroll 1
+    for (int c = threadIdx.x; c < tile.channels; c += blockDim.x)
+      coefficient[c].x = embedding_of(given, op, tile.sample, first_channel + c);
+    __syncthreads();
+  }
+  const T* const from = x + tile.sample * op.x_stride + at;
+  const double2 part = tile_moments(from, tile, op, embedding != nullptr, coefficient, kept);
+  if (op.statistics == kGiven) {
+    if (threadIdx.x == 0) moments[blockIdx.x] = part;
+    return;
+  }
+  const bool cluster = op.statistics == kCluster;
+  if (threadIdx.x == 0) own = part;
+  if (cluster) {
+    cluster_arrive();
+    cluster_wait();
+  }
+  if (warp() == 0) {
+    __syncwarp();
+    const double2 all = combine(
+        op.parts, static_cast<double>(op.group_size), op.eps,
+        [&](int i) { return cluster ? *in_block(&own, i) : own; },
+        [&](int i) {
+          return static_cast<double>(min(static_cast<int64_t>(op.step), op.group_size - i * int64_t{op.step}));
+        });
+    if (lane() == 0) {
+      statistics = all;
+      const int64_t unit = tile.sample * op.groups + tile.group;
+      if (mean && tile.part == 0) mean[unit] = all.x;
+      if (rstd && tile.part == 0) rstd[unit] = all.y;
+    }
+  }
+  if (cluster) cluster_arrive();
+  __syncthreads();
+#pragma unroll 1
+  for (int c = threadIdx.x; c < tile.channels; c += blockDim.x)
+    coefficient[c] = coefficients(given, op, tile.sample, first_channel + c, statistics.x, statistics.y);
+  __syncthreads();
+  T* const to = out + tile.sample * op.out_stride + at;
+  const bool aligned = is_aligned(to);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < tile.vectors; i += blockDim.x)
+    store(to + i * V, normalised<T>(kept[i], i, tile, op, coefficient), aligned, tile.count - i * V);
+  if (cluster) cluster_wait();
+}
+
+template <class T>
+__global__ void __launch_bounds__(kMostThreads, 3)
+    norm_act_apply_first(const T* x, T* out, const void* weight, const void* bias, const void* scale,
+                         const void* shift, const void* embedding, const double* mean, const double* rstd,
+                         const NormActOp op) {
+  extern __shared__ uint4 shared[];
+  constexpr int V = kWidth<T>;
+  const Parameters given{weight, bias, scale, shift, embedding};
+  const FirstTile tile = first_tile<T>(op, blockIdx.x);
+  float4* const coefficient = reinterpret_cast<float4*>(shared);
+  const int64_t unit = tile.sample * op.groups + tile.group, at = tile.group * op.group_size + tile.start;
+#pragma unroll 1
+  for (int c = threadIdx.x; c < tile.channels; c += blockDim.x)
+    coefficient[c] = coefficients(given, op, tile.sample, tile.group * op.width + tile.channel + c, mean[unit],
+                                     rstd[unit]);
+  __syncthreads();
+  const T* const from = x + tile.sample * op.x_stride + at;
+  T* const to = out + tile.sample * op.out_stride + at;
+  const bool aligned = is_aligned(to);
+  for_vectors(
+      threadIdx.x, whole_vectors<T>(tile, is_aligned(from)), tile.vectors, blockDim.x,
+      [&](int i) { return load(from + i * V); }, [&](int i) { return load(from + i * V, tile.count - i * V); },
+      [&](int i, const uint4& v) {
+        store(to + i * V, normalised<T>(v, i, tile, op, coefficient), aligned, tile.count - i * V);
+      });
+}
+
+}  // namespace cuda
+}  // namespace ddpm_fast

@@ -1,0 +1,251 @@
+"""CUDA's denoising step, executed from its PTX: the reference's bits for every way a step can be made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+import ddpm_fast as df
+from ddpm_fast.backends.reference import denoise as reference
+from ddpm_fast.ops import denoise
+from ddpm_fast.ops.denoise import DENOISE
+from ddpm_fast.solvers import ddpm_table
+
+from ..ops.common import laid_out, same_bits, shape_id
+from . import gates, simulate
+from .cuda_runs import (
+    ARCHITECTURES,
+    ONE_PROCESSOR,
+    bytes_of,
+    has_room,
+    is_coalesced,
+    is_vectorised,
+    ptx_of,
+    traced,
+    under_every_schedule,
+)
+from .triton_runs import blank, moved
+
+SCHEDULE = df.NoiseSchedule.linear(1000)
+SEED = torch.tensor([0x0123456789ABCDEF])
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to make a step: what the network gives, in which dtype and layout, and what becomes of it."""
+
+    shape: tuple[int, ...]
+    layout: str = "contiguous"
+    output_layout: str = "contiguous"
+    dtype: torch.dtype = torch.float32
+    prediction: str = "epsilon"
+    variance: str = "fixed"
+    noise: str = "seed"  # "seed", "given" or "none"
+    guided: bool = False
+    bound: str = "clip"  # "clip", "threshold" or "none"
+    wants_x0: bool = False
+    offset: int = 0
+    other_dtype: torch.dtype | None = None  # of the unconditional output and the noise given, where not the usual ones
+    in_place: bool = False
+
+    def __str__(self) -> str:
+        parts = [shape_id(self.shape), self.layout, f"from-{self.output_layout}", str(self.dtype)[6:], self.prediction]
+        parts += [self.variance, self.noise, self.bound, *["guided"] * self.guided, *["x0"] * self.wants_x0]
+        parts += [] if self.other_dtype is None else [f"others-{str(self.other_dtype)[6:]}"]
+        return "-".join([*parts, *["misaligned"] * bool(self.offset), *["in-place"] * self.in_place])
+
+
+LAST = "channels_last"
+CASES = [
+    Case((2, 3, 32, 48)),
+    Case((2, 3, 32, 48), LAST, LAST, torch.bfloat16, "v", "fixed", guided=True, in_place=True),
+    Case((2, 3, 32, 48), LAST, LAST, torch.bfloat16, "v", "learned_range", guided=True),
+    Case((2, 3, 17, 19), LAST, "contiguous", torch.float16, "x_prev", "learned", wants_x0=True, offset=1),
+    Case((2, 3, 32, 48), "contiguous", "contiguous", torch.bfloat16, "x0", "learned_range", "given", True, "threshold"),
+    Case((3, 3, 9, 11), "contiguous", LAST, torch.float16, "v", "fixed", "none", False, "none", True),
+    Case((300, 3, 5), "contiguous", "contiguous", torch.float32, "x_prev", "fixed", "seed", True, "threshold", True),
+    Case((2, 300, 3, 3), LAST, LAST, torch.float32, "epsilon", "learned", bound="threshold"),
+    Case((1, 2, 5, 7, 9), "contiguous", "contiguous", torch.float16, "x0", "learned", "given", offset=3, in_place=True),
+    Case(
+        (2, 3, 16, 16),
+        "contiguous",
+        "contiguous",
+        torch.float16,
+        noise="given",
+        guided=True,
+        other_dtype=torch.bfloat16,
+    ),
+]
+MORE_CASES = [
+    Case((2, 4, 16, 16), LAST, LAST, torch.float16, prediction, variance, noise, guided, bound, x0, in_place=guided)
+    for prediction, variance, noise, guided, bound, x0 in (
+        ("epsilon", "fixed", "given", True, "none", False),
+        ("x0", "fixed", "seed", False, "clip", True),
+        ("v", "learned", "none", True, "threshold", True),
+        ("x_prev", "learned_range", "given", False, "none", True),
+        ("epsilon", "learned_range", "seed", True, "clip", False),
+    )
+]
+LOOPS = [
+    Case((2, 3, 150, 150), variance="learned_range"),
+    Case((40, 3, 30, 32), LAST, LAST, torch.bfloat16),
+]
+
+
+def lay(tensor: Tensor, layout: str) -> Tensor:
+    return laid_out(tensor, layout) if tensor.dim() == 4 else tensor
+
+
+def agrees(case: Case, target: int, processors: int | None = None) -> None:
+    shape, samples = case.shape, case.shape[0]
+    learned = "fixed_small" if case.variance == "fixed" else case.variance
+    rows = ddpm_table(SCHEDULE, variance=learned, prediction=case.prediction, guidance_scale=3.0).rows
+    index = torch.randint(0, 1000, (samples,))
+    index[-1] = 999  # the last step, which draws nothing
+    wide = shape if case.variance == "fixed" else (samples, 2 * shape[1], *shape[2:])
+
+    x_t = moved(lay(torch.randn(shape), case.layout), case.offset)
+    output = moved(lay(torch.randn(wide).to(case.dtype), case.output_layout), case.offset)
+    other = case.other_dtype or case.dtype
+    unconditional = lay(torch.randn(wide).to(other), case.output_layout) if case.guided else None
+    noise = None
+    if case.noise == "given":
+        noise = lay(torch.randn(shape).to(case.other_dtype or torch.float32), case.output_layout)
+    threshold = 1 + torch.rand(samples) if case.bound == "threshold" else None
+    clip = (-1.0, 0.9) if case.bound == "clip" else (None, None)
+    seed = SEED if case.noise == "seed" else None
+    options = (
+        output, unconditional, rows, index, reference.PREDICTIONS.index(case.prediction),
+        reference.VARIANCES.index(case.variance), *clip, threshold, noise, seed, torch.arange(samples) + 7, 1,
+    )  # fmt: skip
+
+    def step() -> tuple[Tensor, ...]:
+        x0 = blank(x_t, offset=case.offset) if case.wants_x0 else None
+        out = moved(x_t, case.offset) if case.in_place else blank(x_t, offset=case.offset)
+        DENOISE["cuda"](out if case.in_place else x_t, *options, out, x0)
+        return (out,) if x0 is None else (out, x0)
+
+    got = under_every_schedule(step, target, processors)
+    expected, expected_x0 = torch.empty_like(x_t), torch.empty_like(x_t)
+    reference.denoise(x_t, *options, expected, expected_x0)
+    assert same_bits(got[0], expected)
+    assert not case.wants_x0 or same_bits(got[1], expected_x0)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_is_the_references_step(case: Case) -> None:
+    agrees(case, target=90)
+
+
+@pytest.mark.parametrize("case", LOOPS, ids=str)
+def test_loops_where_there_is_more_work_than_threads(case: Case) -> None:
+    agrees(case, target=90, processors=ONE_PROCESSOR)
+
+
+@pytest.mark.parametrize("target", [80, 120])
+@pytest.mark.parametrize("case", CASES[:2], ids=str)
+def test_other_architectures_make_the_same_step(case: Case, target: int) -> None:
+    agrees(case, target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES + MORE_CASES, ids=str)
+@pytest.mark.parametrize("target", ARCHITECTURES)
+def test_every_case_on_every_architecture(target: int, case: Case) -> None:
+    agrees(case, target)
+
+
+def test_one_index_serves_all_samples_and_ids_default_to_the_batchs() -> None:
+    x_t, output, rows = torch.randn(3, 3, 4, 4), torch.randn(3, 3, 4, 4), ddpm_table(SCHEDULE).rows
+    with simulate.backend("cuda"):
+        got = denoise(x_t, output, rows, torch.tensor([17]), seed=3)
+    with df.use_backend("reference"):
+        assert same_bits(got, denoise(x_t, output, rows, torch.tensor([17]), seed=3))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e-41, -0.0], ids=str)
+def test_unusual_values_pass_as_in_the_reference(value: float) -> None:
+    """NaN and infinity are neither clipped away nor spread; a subnormal state is not flushed to zero."""
+    x_t, output, rows = torch.full((1, 8), value), torch.full((1, 8), 0.5), ddpm_table(SCHEDULE).rows
+    output[0, :4] = value
+    for clip in (None, (-1.0, 1.0)):
+        with simulate.backend("cuda"):
+            got = denoise(x_t, output, rows, torch.tensor([17]), clip=clip)
+        with df.use_backend("reference"):
+            expected = denoise(x_t, output, rows, torch.tensor([17]), clip=clip)
+        assert torch.allclose(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_row_outside_the_table_stops_the_kernel() -> None:
+    x, rows = torch.randn(1, 4), ddpm_table(SCHEDULE).rows
+    for index in (-1, 1000):
+        with simulate.backend("cuda"), pytest.raises(RuntimeError, match="trap"):
+            DENOISE["cuda"](
+                x,
+                x,
+                None,
+                rows,
+                torch.tensor([index]),
+                0,
+                0,
+                None,
+                None,
+                None,
+                None,
+                None,
+                None,
+                1,
+                torch.empty(1, 4),
+                None,
+            )
+
+
+def test_refuses_what_it_does_not_take() -> None:
+    x, rows, index = torch.randn(2, 3, 4, 4), ddpm_table(SCHEDULE).rows, torch.tensor([5])
+
+    def step(x_t: Tensor, output: Tensor, threshold: Tensor | None = None, out: Tensor | None = None) -> None:
+        out = torch.empty_like(x_t) if out is None else out
+        DENOISE["cuda"](x_t, output, None, rows, index, 0, 0, None, None, threshold, None, None, None, 1, out, None)
+
+    with simulate.backend("cuda"):
+        with pytest.raises(RuntimeError, match="model_output has 2 samples of 3 channels of 8 pixels"):
+            step(x, x[:, :, :2])
+        with pytest.raises(RuntimeError, match="model_output has a dtype that the kernels do not read"):
+            step(x, x.double())
+        with pytest.raises(RuntimeError, match="x_t must be contiguous or channels_last"):
+            step(x[..., ::2], x[..., ::2].contiguous())
+        with pytest.raises(RuntimeError, match="threshold must be a contiguous float32 tensor of 2 elements"):
+            step(x, x, torch.ones(3))
+        with pytest.raises(RuntimeError, match="out must have the dtype and layout of the other results"):
+            step(x, x, out=laid_out(x, LAST))
+
+
+@pytest.mark.parametrize("target", ARCHITECTURES)
+def test_every_operation_is_rounded_on_its_own(target: int) -> None:
+    gates.assert_rounded_operations(ptx_of("denoise", target))
+
+
+@pytest.mark.parametrize("target", ARCHITECTURES)
+def test_registers_and_accesses(target: int) -> None:
+    """The last template argument of a kernel is whether it is a general one, the one before whether it has tiles."""
+    has_room("denoise", target, blocks=3, kernels="Lb0ELb0E")
+    has_room("denoise", target, blocks=2)
+    is_vectorised("denoise", target)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memory(dtype: torch.dtype, layout: str) -> None:
+    """Three transfers of an image: the state and the output in, the new state out."""
+    x_t = laid_out(torch.randn(1, 3, 32, 32), layout)
+    output, out = laid_out(torch.randn(1, 3, 32, 32).to(dtype), layout), torch.empty_like(x_t)
+    rows, index = ddpm_table(SCHEDULE).rows, torch.tensor([17])
+    launch = traced(
+        lambda: DENOISE["cuda"](x_t, output, None, rows, index, 0, 0, -1.0, 1.0, None, None, SEED, None, 1, out, None)
+    )
+    assert launch.stats["st_bytes"] == bytes_of(launch, "st.global") == out.nbytes
+    assert bytes_of(launch, "ld.global") == x_t.nbytes + output.nbytes
+    is_coalesced(launch)

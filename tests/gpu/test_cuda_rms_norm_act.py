@@ -1,0 +1,175 @@
+"""RMSNorm and SiLU on the CUDA backend: shipped host code, and each kernel's PTX under the simulator's checks."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ddpm_fast as df
+from tests.gpu import cuda_library, gates, simulate
+from tests.gpu.ptx import nvcc
+from tests.gpu.test_cuda_norm_act import image_accesses
+from tests.ops.common import same_bits, shape_id
+from tests.ops.norms import FLOATS, assert_close, is_laid_out, laid_out, leaves
+from tests.ops.test_rms_norm_act import exact, parameters, plain
+
+# As in test_cuda_norm_act.py, to which sm_120 is left: the source has nothing that depends on the architecture.
+QUICK = [(80, torch.float32), (90, torch.bfloat16)]
+TARGETS = [
+    pytest.param(a, d, id=f"sm_{a}-{d}", marks=() if (a, d) in QUICK else pytest.mark.slow)
+    for a, d in itertools.product(cuda_library.ARCHITECTURES, FLOATS)
+]
+LAYOUTS = ["contiguous", "channels_last"]
+
+# Fewer channels than a vector, a prime number; one pixel, none; more tiles than one; more samples than 256; more
+# columns than threads, and so many channels that a tile is read again; any number of dimensions.
+SHAPES = [
+    (2, 12, 5, 3),
+    (1, 131, 17, 19),
+    (300, 8, 2, 2),
+    (2, 70, 1, 1),
+    (1, 1, 20, 21),
+    (3, 48),
+    (1, 4096, 3, 3),
+    (2, 20, 2, 3, 5),
+]
+
+
+def inputs_of(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {"x": laid_out(torch.randn(shape) * 2 + 1, layout).to(dtype), **parameters(shape, dtype)}
+
+
+def results(inputs: dict[str, Tensor], grad: Tensor, **keywords: Any) -> list[Tensor]:
+    """The result and all gradients, inside a simulation."""
+    given = leaves(inputs)
+    y = df.rms_norm_silu(given["x"], **{n: v for n, v in given.items() if n != "x"}, **keywords)
+    return [y.detach(), *torch.autograd.grad(y, list(given.values()), grad)]
+
+
+def check(inputs: dict[str, Tensor], grad: Tensor, got: list[Tensor], **keywords: Any) -> None:
+    truth = leaves({n: v.double() for n, v in inputs.items()})
+    z = plain(truth["x"], **{n: v for n, v in truth.items() if n != "x"}, **keywords)
+    assert_close(got[0], z.detach())
+    expected = torch.autograd.grad(z, list(truth.values()), grad.double())
+    x, one = truth["x"].detach(), torch.ones(())
+    factor = (truth.get("weight", one) * (1 + truth.get("scale", 0 * one))).detach().abs().max()
+    reciprocal = math.sqrt(x.shape[1]) / x.norm(dim=1).clamp(min=keywords.get("eps", 1e-12))
+    largest = float(factor * grad.abs().max() * reciprocal.max())
+    for name, ours, theirs in zip(inputs, got[1:], expected, strict=True):
+        # That of x is a difference of two terms, which for one channel are equal; a parameter's is a sum of terms that
+        # may come to little.
+        floor = 3e-7 * largest if name == "x" else 3e-8 * inputs["x"].numel() / theirs.numel()
+        allowed = 1e-5 * theirs.abs().max() + floor + theirs.abs() * torch.finfo(ours.dtype).eps / 2
+        error = (ours.double() - theirs).abs()
+        assert bool((error <= allowed).all()), f"{name}: {error.max():.3e} of {theirs.abs().max():.3e}"
+
+
+@pytest.mark.parametrize(("target", "dtype"), TARGETS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_values_and_gradients_are_those_of_float64(
+    shape: tuple[int, ...], layout: str, target: int, dtype: torch.dtype
+) -> None:
+    inputs, grad = inputs_of(shape, layout, dtype), laid_out(torch.randn(shape), layout).to(dtype)
+    with simulate.backend("cuda", target):
+        got = results(inputs, grad)
+    check(inputs, grad, got)
+    assert is_laid_out(got[0], layout)
+    assert is_laid_out(got[1], layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_parameters_and_activation_are_optional(layout: str) -> None:
+    x = laid_out(torch.randn(2, 12, 5, 3), layout)
+    for names in ((), ("weight",), ("scale",), ("shift",)):
+        given = parameters(tuple(x.shape), names=names)
+        with simulate.backend("cuda", 80):
+            y = df.rms_norm_silu(x, **given, activation=None)
+        assert_close(y, exact(x, **given, activation=None))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_norm_below_eps_divides_by_eps(layout: str) -> None:
+    inputs, grad = inputs_of((2, 16, 5, 5), layout, torch.float32), laid_out(torch.randn(2, 16, 5, 5), layout)
+    inputs["x"][:, :, 1, 2] = 0
+    inputs["x"][:, :, 3, 3] *= 1e-3
+    with simulate.backend("cuda", 80):
+        got = results(inputs, grad, eps=0.5)
+    check(inputs, grad, got, eps=0.5)
+
+
+@pytest.mark.parametrize(("target", "dtype"), QUICK, ids=[f"sm_{a}-{d}" for a, d in QUICK])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_schedule_alignment_and_batch_gives_the_same_bits(layout: str, target: int, dtype: torch.dtype) -> None:
+    shape = (3, 40, 8, 8)
+    inputs, grad = inputs_of(shape, layout, dtype), laid_out(torch.randn(shape), layout).to(dtype)
+
+    def moved(tensor: Tensor) -> Tensor:
+        memory = torch.empty(tensor.numel() + 3, dtype=tensor.dtype)
+        return memory[3:].as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+
+    with simulate.backend("cuda", target):
+        expected = results(inputs, grad)
+        misaligned = results({**inputs, "x": moved(inputs["x"])}, moved(grad))
+        one = {n: v if n == "weight" else v[1:2].clone() for n, v in inputs.items()}
+        alone = dict(zip(["y", *inputs], results(one, grad[1:2].clone()), strict=True))
+    assert all(same_bits(a, b) for a, b in zip(misaligned, expected, strict=True))
+    for name, together in zip(["y", *inputs], expected, strict=True):
+        assert name == "weight" or same_bits(together[1:2], alone[name]), name
+    for options in ({"order": 1}, {"order": 2, "seed": 5}, {"order": 2, "seed": 6, "strict_global": True}):
+        with simulate.backend("cuda", target, **options):
+            got = results(inputs, grad)
+        assert all(same_bits(a, b) for a, b in zip(got, expected, strict=True)), options
+    for approx in (1, -1):
+        with simulate.backend("cuda", target, approx=approx):
+            check(inputs, grad, results(inputs, grad))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_out_and_in_place(layout: str) -> None:
+    x, given = laid_out(torch.randn(2, 12, 5, 3), layout), parameters((2, 12))
+    with simulate.backend("cuda", 80):
+        expected = df.rms_norm_silu(x, **given)
+        out = torch.full_like(x, torch.nan)
+        assert df.rms_norm_silu(x, **given, out=out) is out
+        assert df.rms_norm_silu(x, **given, out=x) is x
+    assert same_bits(out, expected)
+    assert same_bits(x, expected)
+
+
+def test_no_sample_is_no_error() -> None:
+    x, weight = torch.randn(0, 8, 4, 4, requires_grad=True), torch.randn(8, requires_grad=True)
+    with simulate.backend("cuda", 80):
+        df.rms_norm_silu(x, weight).sum().backward()
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, torch.zeros(8))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_images_are_read_and_written_once_in_whole_sectors_without_bank_conflicts(layout: str) -> None:
+    shape = (1, 64, 16, 16)
+    inputs, grad = inputs_of(shape, layout, torch.float32), laid_out(torch.randn(shape), layout)
+    with simulate.backend("cuda", 80, trace=1 << 19) as launches:
+        results(inputs, grad)
+    forward, backward = launches[:2]
+    for launch, transfers in ((forward, 2), (backward, 3)):
+        images = image_accesses(launch, 80)
+        in_global = images[images["kind"] < 2]
+        assert int(in_global["size"].sum()) == transfers * inputs["x"].nbytes
+        gates.assert_coalesced(in_global, least_bytes=16)
+        gates.assert_no_bank_conflicts(images)
+
+
+@pytest.mark.parametrize(
+    "target", [pytest.param(a, marks=() if a == 90 else pytest.mark.slow) for a in cuda_library.ARCHITECTURES]
+)
+def test_no_register_is_spilled(target: int) -> None:
+    csrc = cuda_library.CSRC
+    gates.assert_no_spills(
+        nvcc.compile_cubin(csrc / "cuda" / "rms_norm_act.cu", target, [f"-I{csrc / 'include'}", f"-I{csrc}"])
+    )

@@ -1,0 +1,60 @@
+"""The mutation check itself: mutants differ from the kernel in what they say, and in nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.gpu.mutants import MutatedModule
+from tests.gpu.ptx import Module, nvcc
+
+SOURCE = Path(__file__).parent / "gates.cu"
+
+
+@pytest.fixture(scope="module")
+def module() -> MutatedModule:
+    return MutatedModule(nvcc.compile_ptx(SOURCE), "through_shared", most=1000)
+
+
+def test_no_mutant_is_alive_at_first(module: MutatedModule) -> None:
+    assert module.alive is None
+    plain = Module(nvcc.compile_ptx(SOURCE), only="through_shared")
+    x, out = np.arange(32, dtype=np.float32), np.full(32, np.nan, np.float32)
+    for m in (plain, module):
+        m.launch("through_shared", 1, 32, [x, out, 1])
+        assert (out == x[::-1]).all()
+        out[:] = np.nan
+
+
+def test_every_kind_of_mutant_is_made_and_does_what_it_says(module: MutatedModule) -> None:
+    x = np.arange(32, dtype=np.float32)
+    wrong: dict[str, int] = {}
+    for number, mutant in module.mutants.items():
+        module.alive = number
+        assert module.alive == number
+        out = np.full(32, np.nan, np.float32)
+        try:
+            module.launch("through_shared", 1, 32, [x, out, 1], max_instr=1 << 16)
+            noticed = not (out == x[::-1]).all()
+        except RuntimeError:
+            noticed = True
+        wrong[mutant.kind] = wrong.get(mutant.kind, 0) + noticed
+    module.alive = None
+    assert {"barrier dropped", "store dropped", "operation changed", "constant changed"} <= set(wrong)
+    assert wrong["barrier dropped"] == 1
+    assert wrong["store dropped"] == 2
+    assert module.possible == len(module.mutants)
+
+
+def test_a_sample_takes_from_every_kind() -> None:
+    sampled = MutatedModule(nvcc.compile_ptx(SOURCE), "through_shared", most=6)
+    assert len(sampled.mutants) == 6
+    assert len({mutant.kind for mutant in sampled.mutants.values()}) >= 4
+    assert sampled.possible > 6
+
+
+def test_mutants_read_as_ptx(module: MutatedModule) -> None:
+    texts = {str(mutant) for mutant in module.mutants.values()}
+    assert any("barrier dropped: bar.sync 0 -> (dropped)" in text for text in texts)

@@ -1,0 +1,74 @@
+"""What the tests of the Triton backend share: runs under every schedule, and what a launch is compiled to."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from ddpm_fast.backends.triton import _launch
+from tests.gpu import simulate
+from tests.gpu.ptx.triton import Specialised
+from tests.ops.common import same_bits
+
+ARCHITECTURES = (80, 90, 120)
+
+# Threads forwards, backwards and in random order; and with the slower search for races in global memory.
+SCHEDULES: tuple[dict[str, Any], ...] = (
+    {"order": 0, "strict": True},
+    {"order": 1},
+    {"order": 2, "seed": 5},
+    {"order": 2, "seed": 6, "strict_global": True},
+)
+
+
+def under_every_schedule(op: Callable[[], tuple[Tensor, ...]], target: int = 90) -> tuple[Tensor, ...]:
+    """What `op` returns, the same bits whatever the order of the threads."""
+    results = []
+    for options in SCHEDULES:
+        with simulate.backend("triton", target, **options):
+            results.append(op())
+    for other in results[1:]:
+        assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
+    return results[0]
+
+
+def blank(like: Tensor, dtype: torch.dtype | None = None, offset: int = 0) -> Tensor:
+    """NaNs in the shape and layout of a dense tensor, so many elements behind an aligned address."""
+    storage = torch.full((like.numel() + offset,), torch.nan, dtype=dtype or like.dtype)
+    return storage.as_strided(like.shape, like.stride(), offset)
+
+
+def moved(tensor: Tensor, offset: int) -> Tensor:
+    """A dense tensor's copy in its layout, so many elements behind an aligned address."""
+    storage = torch.zeros(tensor.numel() + offset, dtype=tensor.dtype)
+    return storage.as_strided(tensor.shape, tensor.stride(), offset).copy_(tensor)
+
+
+@dataclasses.dataclass
+class Call:
+    """One launch of a kernel, as the backend asked for it."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+    def compiled(self, target: int | str) -> Any:
+        return Specialised(self.kernel, target, self.args, self.keywords).compile()
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Call]]:
+    """Launches inside the block run nothing and fill the list."""
+    calls: list[Call] = []
+
+    def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **constexprs: Any) -> None:
+        calls.append(Call(kernel, args, {"num_warps": num_warps, "enable_fp_fusion": False, **constexprs}))
+
+    with mock.patch.object(_launch, "launch", launch):
+        yield calls
