@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-
 from ddpm_fast.cli.sample import MANIFEST, Job, Request, Shard, in_parallel, is_done, recorded_sums
 
 _STEPS = 6

@@ -181,8 +181,8 @@ def prepare_conv3x3(weight: Tensor) -> PreparedConv3x3:
 
     The result follows the weight: it is packed at the first call, and again after an in-place change
     (`load_state_dict`), after a step of any optimiser, or when its memory is replaced. Writes through `weight.data`,
-    which PyTorch does not count, are not seen. Where torch.distributed is initialized it is packed in every call, because
-    `fully_shard` writes so as well.
+    which PyTorch does not count, are not seen. Where torch.distributed is initialized it is packed in every call,
+    because `fully_shard` writes so as well.
 
     Args:
         weight: (K, C, 3, 3), float32 on the CPU.
@@ -263,8 +263,9 @@ class _Conv3x3(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
         grad = grad.contiguous(memory_format=torch.channels_last)
-        grad_x = _convolved(grad, _backward_weight(weight), None, None, None, False, ctx.mode, None) if needs_x else None
-        grad_weight = grad_bias = None
+        grad_x = grad_weight = grad_bias = None
+        if needs_x:
+            grad_x = _convolved(grad, _backward_weight(weight), None, None, None, False, ctx.mode, None)
         if needs_weight or needs_bias:
             _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
                 grad, x, weight, [weight.shape[0]], [1, 1], [1, 1], [1, 1], False, [0, 0], 1,
