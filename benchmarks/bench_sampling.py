@@ -8,17 +8,15 @@ from functools import partial
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 import ddpm_fast as df
 from benchmarks.common import assert_equal, largest_error, shape_id
 from benchmarks.eager import EagerDiffusion
 from benchmarks.harness import Case
+from benchmarks.loops import diffusers_loop, diffusers_scheduler, network_alone, plain_loop
 from ddpm_fast.cli.network import SHIPPED, open_network
 from ddpm_fast.nn import UNet, UNetConfig, eager_copy
-
-Network = Callable[[Tensor, Tensor], Tensor]
 
 
 def fashion_mnist() -> tuple[UNet, str]:
@@ -45,33 +43,6 @@ def contiguous_copy(model: UNet) -> UNet:
     copy = UNet(replace(model.config, channels_last=False))
     copy.load_state_dict(model.state_dict())
     return copy.eval()
-
-
-@torch.inference_mode()
-def plain_loop(model: Network, eager: EagerDiffusion, timesteps: list[int], x: Tensor, noise: Tensor | None) -> Tensor:
-    """The loop of the annotated article and of lucidrains: a step at a time, the noise drawn where it is used.
-
-    `timesteps` are what the network is told, the cleanest first; `noise` takes the place of the draws.
-    """
-    for i, t in reversed(list(enumerate(timesteps))):
-        time = torch.full((x.shape[0],), t, device=x.device, dtype=torch.long)
-        z = None if noise is None else noise[len(timesteps) - 1 - i]
-        x = eager.p_sample(x, model(x, time), i, z)
-    return x
-
-
-@torch.no_grad()
-def diffusers_loop(model: Network, scheduler: DDPMScheduler, x: Tensor) -> Tensor:
-    """The loop of diffusers' DDPMPipeline."""
-    for t in scheduler.timesteps:
-        x = scheduler.step(model(x, t.expand(x.shape[0])), t, x).prev_sample
-    return x
-
-
-def diffusers_scheduler(steps: int) -> DDPMScheduler:
-    scheduler = DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02, timestep_spacing="linspace")
-    scheduler.set_timesteps(steps)
-    return scheduler
 
 
 @pytest.mark.parametrize("samples", [1, 4, 16, 64])
@@ -116,13 +87,6 @@ def test_fashion_mnist(measure: Callable[[Case], None], quick: bool, samples: in
             steps=steps,
         )
     )
-
-
-@torch.no_grad()
-def network_alone(model: Network, timesteps: list[int], x: Tensor) -> None:
-    time = torch.zeros(x.shape[0], dtype=torch.long)
-    for _ in timesteps:
-        model(x, time)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 8, 8), (16, 3, 32, 32), (64, 1, 28, 28)], ids=shape_id)

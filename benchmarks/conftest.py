@@ -31,6 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N[,N]",
         help="numbers of threads to measure with (default: what torch uses)",
     )
+    group.addoption("--compiled", action="store_true", help="also measure whole networks through torch.compile")
     group.addoption("--csv", type=Path, metavar="FILE", help="also write the rows to a CSV file")
 
 

@@ -4,6 +4,8 @@
 // transforms, one of (m + 2)^2 planes each, are multiplied with the transformed weights, a matrix product a plane; and
 // the products are transformed back. An output's sum is taken over the channels in one order whatever the batch, the
 // threads or the instruction set, so its bits depend on none of them.
+//
+// An image doubled first by repeating its pixels is never built: a tile is then one pixel, to 2 x 2 outputs.
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor_inl.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -26,8 +28,11 @@ constexpr int64_t kPieceChannels = 128;  // transformed at once; a plane's are 1
 constexpr int64_t kCacheElements = (int64_t{1} << 20) / 4;  // of the second-level cache, for the tiles in work
 constexpr int64_t kLine = 16;             // floats; added to a plane's stride, lest the planes meet in one cache set
 
+constexpr int kUpsampling = 1;  // in the place of m
+constexpr int outputs_of(int m) { return m == kUpsampling ? 2 : m; }
+
 struct Conv {
-  int64_t samples, channels, outputs, height, width;
+  int64_t samples, channels, outputs, height, width, out_height, out_width;
   int64_t tiles_x, tiles_per_sample, tiles;
   int64_t block;  // channels whose products are summed from zero
   const float* x;
@@ -181,7 +186,8 @@ const float* floats(const Tensor& tensor) { return static_cast<const float*>(ten
 }  // namespace
 
 void conv3x3(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
-             std::optional<Tensor> prepared, int64_t tile_height, int64_t tile_width, int64_t block, Tensor out) {
+             std::optional<Tensor> prepared, bool upsample, int64_t tile_height, int64_t tile_width, int64_t block,
+             Tensor out) {
   check_channels_last(x, "x");
   check_channels_last(out, "out");
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3, "weight must be (K, C, 3, 3)");
@@ -192,8 +198,9 @@ void conv3x3(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<
   conv.outputs = weight.size(0);
   STD_TORCH_CHECK(weight.size(1) == conv.channels, "x has ", conv.channels, " channels, weight takes ",
                   weight.size(1));
-  STD_TORCH_CHECK(out.size(0) == conv.samples && out.size(1) == conv.outputs && out.size(2) == conv.height &&
-                      out.size(3) == conv.width,
+  conv.out_height = conv.height * (upsample ? 2 : 1), conv.out_width = conv.width * (upsample ? 2 : 1);
+  STD_TORCH_CHECK(out.size(0) == conv.samples && out.size(1) == conv.outputs && out.size(2) == conv.out_height &&
+                      out.size(3) == conv.out_width,
                   "out has the wrong shape");
   if (x.numel() == 0) return;
   const int64_t size = Panels(conv.channels, conv.outputs).size();
@@ -218,7 +225,11 @@ void conv3x3(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<
   const std::unique_ptr<float[]> zeros(new float[round_up(conv.channels, kLine)]());
   conv.zeros = zeros.get();
   const float* const data = floats(*prepared);
-  if (tile_height == 2 && tile_width == 2) run<2, 2>(conv, data);
+  if (upsample) {
+    STD_TORCH_CHECK(tile_height == 1 && tile_width == 1, "tiles are 1x1 before upsampling, not ", tile_height, "x",
+                    tile_width);
+    run<kUpsampling, kUpsampling>(conv, data);
+  } else if (tile_height == 2 && tile_width == 2) run<2, 2>(conv, data);
   else if (tile_height == 4 && tile_width == 2) run<4, 2>(conv, data);
   else if (tile_height == 4 && tile_width == 4) run<4, 4>(conv, data);
   else STD_TORCH_CHECK(false, "tiles are 2x2, 4x2 or 4x4, not ", tile_height, "x", tile_width);

@@ -55,6 +55,25 @@ template <bool whole> DDPM_FAST_INLINE void store_vector(float* p, F x, int n) {
 // transform is one along its height and one along its width, not always of the same m.
 template <int m> struct Winograd;
 
+// The image doubled by repeating each pixel, then convolved: one input pixel between its neighbours to two outputs,
+// the weights that meet the same pixel summed: y0 = s x + w0 (x- - x) and y1 = s x - w2 (x - x+), s = w0 + w1 + w2.
+template <> struct Winograd<kUpsampling> {
+  DDPM_FAST_INLINE void input(const F* d, F* v) {
+    v[0] = d[0] - d[1];
+    v[1] = d[1];
+    v[2] = d[1] - d[2];
+  }
+  DDPM_FAST_INLINE void weight(const F* g, F* u) {
+    u[0] = g[0];
+    u[1] = (g[0] + g[2]) + g[1];
+    u[2] = g[2];
+  }
+  DDPM_FAST_INLINE void output(const F* m, F* y) {
+    y[0] = m[1] + m[0];
+    y[1] = m[1] - m[2];
+  }
+};
+
 // Points 0, 1, -1, infinity.
 template <> struct Winograd<2> {
   DDPM_FAST_INLINE void input(const F* d, F* v) {
@@ -248,20 +267,20 @@ static void transform_weight(const float* w, int64_t channels, int width, float*
 template <int my, int mx, bool whole>
 DDPM_FAST_INLINE void output_tile(const Conv& conv, const float* product, int64_t plane, F bias, int64_t offset,
                                   int rows, int columns, int lanes) {
-  constexpr int ty = my + 2, tx = mx + 2;
-  F half[my][tx];
+  constexpr int ty = my + 2, tx = mx + 2, oy = outputs_of(my), ox = outputs_of(mx);
+  F half[oy][tx];
   DDPM_FAST_UNROLL for (int j = 0; j < tx; ++j) {
-    F d[ty], r[my];
+    F d[ty], r[oy];
     DDPM_FAST_UNROLL for (int i = 0; i < ty; ++i) d[i] = load(product + (i * tx + j) * plane);
     Winograd<my>::output(d, r);
-    DDPM_FAST_UNROLL for (int i = 0; i < my; ++i) half[i][j] = r[i];
+    DDPM_FAST_UNROLL for (int i = 0; i < oy; ++i) half[i][j] = r[i];
   }
-  DDPM_FAST_UNROLL for (int i = 0; i < my; ++i) {
+  DDPM_FAST_UNROLL for (int i = 0; i < oy; ++i) {
     if (!whole && i >= rows) break;
-    F y[mx];
+    F y[ox];
     Winograd<mx>::output(half[i], y);
-    const int64_t row = offset + i * conv.width * conv.outputs;
-    DDPM_FAST_UNROLL for (int j = 0; j < mx; ++j) {
+    const int64_t row = offset + i * conv.out_width * conv.outputs;
+    DDPM_FAST_UNROLL for (int j = 0; j < ox; ++j) {
       if (!whole && j >= columns) break;
       F value = y[j] + bias;
       const int64_t at = row + j * conv.outputs;
@@ -275,20 +294,21 @@ DDPM_FAST_INLINE void output_tile(const Conv& conv, const float* product, int64_
 template <int my, int mx>
 static void transform_output(const Conv& conv, int64_t first, int64_t tiles, const float* product, int width,
                              int64_t plane, int64_t channel) {
+  constexpr int oy = outputs_of(my), ox = outputs_of(mx);
   for (int64_t row = 0; row < tiles; ++row) {
     const int64_t tile = first + row, sample = tile / conv.tiles_per_sample;
     const int64_t in_sample = tile % conv.tiles_per_sample;
-    const int64_t y0 = in_sample / conv.tiles_x * my, x0 = in_sample % conv.tiles_x * mx;
-    const int rows = static_cast<int>(std::min<int64_t>(my, conv.height - y0));
-    const int columns = static_cast<int>(std::min<int64_t>(mx, conv.width - x0));
-    const int64_t pixel = ((sample * conv.height + y0) * conv.width + x0) * conv.outputs;
+    const int64_t y0 = in_sample / conv.tiles_x * oy, x0 = in_sample % conv.tiles_x * ox;
+    const int rows = static_cast<int>(std::min<int64_t>(oy, conv.out_height - y0));
+    const int columns = static_cast<int>(std::min<int64_t>(ox, conv.out_width - x0));
+    const int64_t pixel = ((sample * conv.out_height + y0) * conv.out_width + x0) * conv.outputs;
     for (int part = 0; part < width && channel + part < conv.outputs; part += kLanes) {
       const int64_t k = channel + part;
       const int lanes = static_cast<int>(std::min<int64_t>(kLanes, conv.outputs - k));
       const F bias = conv.bias ? load_vector<false>(conv.bias + k, lanes) : splat(0.0f);
       const float* source = product + row * width + part;
-      if (rows == my && columns == mx && lanes == kLanes)
-        output_tile<my, mx, true>(conv, source, plane, bias, pixel + k, my, mx, kLanes);
+      if (rows == oy && columns == ox && lanes == kLanes)
+        output_tile<my, mx, true>(conv, source, plane, bias, pixel + k, oy, ox, kLanes);
       else
         output_tile<my, mx, false>(conv, source, plane, bias, pixel + k, rows, columns, lanes);
     }

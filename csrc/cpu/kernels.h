@@ -40,7 +40,8 @@ void denoise(Tensor x_t, Tensor model_output, std::optional<Tensor> unconditiona
 void abs_quantile(Tensor x, double q, Tensor out);
 
 void conv3x3(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
-             std::optional<Tensor> prepared, int64_t tile_height, int64_t tile_width, int64_t block, Tensor out);
+             std::optional<Tensor> prepared, bool upsample, int64_t tile_height, int64_t tile_width, int64_t block,
+             Tensor out);
 
 void norm_act(Tensor x, int64_t num_groups, std::optional<Tensor> weight, std::optional<Tensor> bias,
               std::optional<Tensor> scale, std::optional<Tensor> shift, std::optional<Tensor> embedding, double eps,

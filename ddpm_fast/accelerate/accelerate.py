@@ -8,8 +8,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ..ops.conv import MODES
 from . import blocks
 from .activations import find_silu_module
+from .convolutions import accelerate_convs
 from .fused import FusedSequential, hooked, is_plain_sequential
 from .layout import to_channels_last, undo_channels_last
 from .norms import FusedGroupNorm, FusedNorm, has_silu_inside, is_fused_already, is_norm, why_no_group_norm
@@ -21,19 +23,22 @@ from .sites import Site, describe
 M = TypeVar("M", bound=nn.Module)
 
 
-def accelerate(model: M, *, channels_last: bool = False) -> M:
-    """Puts the norms of a model on the fused ops, with the SiLU, scale and shift around them. In place.
+def accelerate(model: M, *, conv: str = "exact", channels_last: bool = False) -> M:
+    """Puts the norms of a model on the fused ops, with the SiLU, scale and shift around them, and its 3x3 convolutions.
 
-    The norms are GroupNorm, and RMSNorm over the channels as lucidrains has it. Found are norms alone, norms and
-    activations side by side in a Sequential, and norms and activations called in the methods of a block, whatever its
-    class, as long as its source can be read. Outputs and gradients stay the same to rounding; parameters, state dict,
-    hooks, `named_modules` and every object's identity stay as they are. What cannot be proved safe is left alone:
-    `acceleration_report(model)` names it. On a device or for a dtype without a kernel of ours a model runs as before.
+    In place. The norms are GroupNorm, and RMSNorm over the channels as lucidrains has it. Found are norms alone, norms
+    and activations side by side in a Sequential, and norms and activations called in the methods of a block, whatever
+    its class, as long as its source can be read. Convolutions are `nn.Conv2d` of 3x3, stride 1 and padding 1, which
+    without gradients, in float32 on a CPU, run on `conv3x3`. Outputs and gradients stay the same to rounding;
+    parameters, state dict, hooks, `named_modules` and every object's identity stay as they are. What cannot be proved
+    safe is left alone: `acceleration_report(model)` names it. On a device or for a dtype without a kernel of ours a
+    model runs as before.
 
     Applied again, it looks at the model again; `restore` undoes it.
 
     Args:
         model: any module.
+        conv: how the 3x3 convolutions are computed: "exact", "strict" or "fast", see `conv3x3`; "torch" leaves them.
         channels_last: also lays out the weights of 2-D convolutions in channels_last, the faster format on most
             devices. Without it the layout stays as it is.
 
@@ -42,11 +47,14 @@ def accelerate(model: M, *, channels_last: bool = False) -> M:
 
     Raises:
         TypeError: if `model` is not a module, or `channels_last` not a bool.
+        ValueError: if `conv` is none of these.
         RuntimeError: if a module has been given a further class since (torch's `fully_shard` does).
     """
     _check(model)
     if not isinstance(channels_last, bool):
         raise TypeError(f"channels_last must be a bool, not {type(channels_last).__name__}")
+    if conv not in MODES:
+        raise ValueError(f"conv must be one of {MODES}, not {conv!r}")
     _undo(model)
     names = {module: name for name, module in model.named_modules()}
     reasons: dict[nn.Module, str] = {}
@@ -95,6 +103,7 @@ def accelerate(model: M, *, channels_last: bool = False) -> M:
     for norm in accepted:
         own = [site for site in sites if site.norm is norm]
         note_fused(norm, describe(own or [Site(norm)]) + ("" if own else unread.get(norm, "")))
+    accelerate_convs(model, conv)
     if channels_last:
         to_channels_last(model)
     return model

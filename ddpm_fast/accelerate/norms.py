@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from .. import backends
 from ..nn import GroupNormSiLU, RMSNormSiLU
 from ..ops import group_norm_silu
+from ..ops._check import is_transformed
 from .activations import computes
 from .patch import Accelerated, mark, marked, original_class
 
@@ -55,13 +55,6 @@ def runs_fused(x: Tensor) -> bool:
 def autocast_dtype(device: str, dtype: torch.dtype, autocast: bool) -> torch.dtype:
     """The dtype in which PyTorch's own group_norm runs, and which its result has."""
     return torch.float32 if autocast and device in _AUTOCAST_TO_FLOAT32 and dtype in _HALF else dtype
-
-
-def _is_transformed() -> bool:
-    """Whether functorch or forward-mode differentiation is at work, which the op knows nothing of."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _rows(parameter: Any, x: Tensor) -> Tensor | None:
@@ -118,7 +111,7 @@ def takes(norm: nn.Module, x: Any, channels: int) -> bool:
     dims = marked(norm, "dims")
     if x.dim() < 2 or x.shape[1] != channels or (dims is not None and x.dim() not in dims):
         return False
-    return x.is_floating_point() and x.numel() > 0 and not x.is_meta and runs_fused(x) and not _is_transformed()
+    return x.is_floating_point() and x.numel() > 0 and not x.is_meta and runs_fused(x) and not is_transformed()
 
 
 class FusedGroupNorm(FusedNorm, nn.GroupNorm):

@@ -1,4 +1,4 @@
-"""What accelerate did with each norm of a model."""
+"""What accelerate did with each norm and each convolution of a model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from .convolutions import conv_note, is_conv
 from .norms import is_fused_already, is_norm
 from .patch import is_accelerated, mark, marked
 
@@ -14,25 +15,36 @@ _UNTOUCHED = "accelerate() has not been applied"
 
 @dataclass
 class AccelerationReport:
-    """Every norm module of a model, by name; `print` shows it as a table.
+    """Every norm and convolution module of a model, by name; `print` shows it as two tables.
 
     Attributes:
-        fused: the names of those that run on the fused op.
+        fused: the names of the norms that run on the fused op.
         skipped: the names of the others, and why.
         patterns: for each name in `fused`, what runs in one pass with it.
+        convs_fused: the names of the convolutions that run on the fused op, and how where the image is large enough.
+        convs_skipped: the names of the others, and why.
     """
 
     fused: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     patterns: dict[str, str] = field(default_factory=dict)
+    convs_fused: dict[str, str] = field(default_factory=dict)
+    convs_skipped: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        rows = [(name, "fused", self.patterns[name]) for name in self.fused]
-        rows += [(name, "skipped", reason) for name, reason in self.skipped.items()]
-        width = max([len("norm"), *(len(name) for name, _, _ in rows)])
-        lines = [f"{'norm':{width}}  {'':7}  in one pass, or why not"]
-        lines += [f"{name:{width}}  {state:7}  {text}" for name, state, text in rows]
-        return "\n".join([*lines, f"{len(self.fused)} fused, {len(self.skipped)} skipped"])
+        norms = _table("norm", "in one pass", {name: self.patterns[name] for name in self.fused}, self.skipped)
+        if not self.convs_fused and not self.convs_skipped:
+            return norms
+        return norms + "\n\n" + _table("convolution", "how", self.convs_fused, self.convs_skipped)
+
+
+def _table(what: str, how: str, fused: dict[str, str], skipped: dict[str, str]) -> str:
+    rows = [(name, "fused", text) for name, text in fused.items()]
+    rows += [(name, "skipped", reason) for name, reason in skipped.items()]
+    width = max([len(what), *(len(name) for name, _, _ in rows)])
+    lines = [f"{what:{width}}  {'':7}  {how}, or why not"]
+    lines += [f"{name:{width}}  {state:7}  {text}" for name, state, text in rows]
+    return "\n".join([*lines, f"{len(fused)} fused, {len(skipped)} skipped"])
 
 
 def note_fused(norm: nn.Module, pattern: str) -> None:
@@ -44,10 +56,11 @@ def note_skipped(norm: nn.Module, reason: str) -> None:
 
 
 def acceleration_report(model: nn.Module) -> AccelerationReport:
-    """What `accelerate` did with each norm of a model, or of a part or a wrapper of one.
+    """What `accelerate` did with each norm and each convolution of a model, or of a part or a wrapper of one.
 
-    Every norm module is in `.fused` or in `.skipped`, under the name that `named_modules` gives it; where
-    `accelerate` was not applied, all are skipped, and that is the reason.
+    Every norm module is in `.fused` or in `.skipped`, and every convolution in `.convs_fused` or in `.convs_skipped`,
+    under the name that `named_modules` gives it; where `accelerate` was not applied, all are skipped, and that is the
+    reason.
 
     Raises:
         TypeError: if `model` is not a module.
@@ -56,6 +69,9 @@ def acceleration_report(model: nn.Module) -> AccelerationReport:
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     report = AccelerationReport()
     for name, module in model.named_modules():
+        if is_conv(module):
+            fused, text = conv_note(module, _UNTOUCHED)
+            (report.convs_fused if fused else report.convs_skipped)[name] = text
         if not is_norm(module):
             continue
         state, text = marked(module, "note", ("skipped", _UNTOUCHED))

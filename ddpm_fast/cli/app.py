@@ -333,6 +333,9 @@ def sample(
     ] = None,
     device: Device = "cpu",
     threads: Threads = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Only say how long it would take, from a few steps; writes nothing.")
+    ] = False,
 ) -> None:
     """Draw samples from a checkpoint.
 
@@ -347,6 +350,7 @@ def sample(
     Examples:
       ddpm-fast sample -n 64 --steps 100
       ddpm-fast sample -n 10000 --seed 3 --solver ddim --steps 50 --format npy --out samples10k
+      ddpm-fast sample -n 10000 --solver ddim --steps 50 --estimate
       torchrun --nproc-per-node=4 -m ddpm_fast sample -n 50000 --format npy --out fid
     """
     from ddpm_fast.cli.sample import Request, share, write_samples
@@ -365,10 +369,15 @@ def sample(
         shard_size=shard_size,
         device=device,
     )
+    who = f"rank {rank} of {world}: " if world > 1 else ""
+    if estimate:
+        from ddpm_fast.cli.estimate import estimate as predict
+
+        print(f"{who}{predict(request, out, threads=threads, rank=rank, world=world)}")
+        return
     made, found = write_samples(
         request, out, threads=threads, rank=rank, world=world, progress=rank == 0 and sys.stderr.isatty()
     )
-    who = f"rank {rank} of {world}: " if world > 1 else ""
     there = f", {found} were there already" if found else ""
     print(f"{who}{out}: {made} shards made{there}")
 

@@ -134,15 +134,23 @@ class Job:
         size = self.request.micro_batch
         parts = []
         for first in range(shard.first, shard.first + shard.count, size):
-            numbers = range(first, first + size)
-            x = self.sampler.sample(
-                (size, *self.network.shape),
-                seed=self.request.seed,
-                sample_ids=numbers,
-                model_kwargs=self.network.conditions(numbers),
-            )
-            parts.append(x.cpu())
+            parts.append(self.sampler.sample(**self.arguments(first)).cpu())
         return torch.cat(parts)[: shard.count].contiguous()
+
+    def arguments(self, first: int) -> dict[str, Any]:
+        """What the sampler's `sample` and `stream` are called with for the micro-batch that starts with a sample."""
+        size = self.request.micro_batch
+        numbers = range(first, first + size)
+        return {
+            "shape": (size, *self.network.shape),
+            "seed": self.request.seed,
+            "sample_ids": numbers,
+            "model_kwargs": self.network.conditions(numbers),
+        }
+
+    def at_once(self, threads: int | None) -> int:
+        """How many shards are made at once."""
+        return threads or (1 if self.network.device.type == "cuda" else torch.get_num_threads())
 
     def encode(self, x: Tensor) -> list[bytes]:
         """The contents of a shard's files."""
@@ -210,9 +218,8 @@ def write_samples(
         # Last: what is on record is there.
         write_atomically(_record_of(folder, shard), lambda temporary: temporary.write_text("".join(record)))
 
-    at_once = threads or (1 if job.network.device.type == "cuda" else torch.get_num_threads())
     with _watched(job.network, job.calls(missing), progress) as stop:
-        _in_parallel(work, missing, at_once, stop)
+        in_parallel(work, missing, job.at_once(threads), stop)
     _finish(folder, job)
     return len(missing), len(mine) - len(missing)
 
@@ -244,9 +251,14 @@ def is_intact(path: Path, sums: Mapping[str, str]) -> bool:
         return False
 
 
+def is_done(folder: Path, shard: Shard, sums: Mapping[str, str]) -> bool:
+    """Whether a shard is finished and undamaged."""
+    return all(is_intact(folder / file, sums) for file in shard.files)
+
+
 def _is_whole(folder: Path, shard: Shard, sums: Mapping[str, str]) -> bool:
     """Whether a shard is finished and undamaged; what is left of it otherwise is removed."""
-    if all(is_intact(folder / file, sums) for file in shard.files):
+    if is_done(folder, shard, sums):
         return True
     for path in (_record_of(folder, shard), *(folder / file for file in shard.files)):
         path.unlink(missing_ok=True)
@@ -271,7 +283,7 @@ def _finish(folder: Path, job: Job) -> None:
         _write_grid(folder, job)
 
 
-def _in_parallel(work: Callable[[Shard], None], shards: list[Shard], threads: int, stop: threading.Event) -> None:
+def in_parallel(work: Callable[[Shard], None], shards: list[Shard], threads: int, stop: threading.Event) -> None:
     """Run `work` on all shards, `threads` at a time, each on one thread; an error or Ctrl-C ends them all."""
     before = torch.get_num_threads()
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))

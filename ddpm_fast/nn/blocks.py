@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops._check import is_transformed, needs_grad
+from ..ops._derived import Derived
 from .conv import Conv3x3
+from .folded import Folded, attend, fold
 from .group_norm_silu import GroupNormSiLU
 
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear, Conv3x3)
@@ -70,7 +74,14 @@ class ResBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention over the positions of a feature map, with a norm before and a skip around it."""
+    """Multi-head self-attention over the positions of a feature map, with a norm before and a skip around it.
+
+    With one head, in float32 on the CPU and where no gradient is needed, its four projections are two
+    (``nn.folded.fold``).
+    """
+
+    # Whether projections are folded where they can be: not a matter of the checkpoint.
+    folds: bool = True
 
     def __init__(self, channels: int, *, num_heads: int, num_groups: int) -> None:
         super().__init__()
@@ -78,16 +89,41 @@ class SelfAttention(nn.Module):
         self.norm = GroupNormSiLU(num_groups, channels, activation=None)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.project = zero_init(nn.Linear(channels, channels))
+        self._folded: Derived[Folded] = Derived()
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, H, W)`` -> the same shape."""
         n, c, h, w = x.shape
-        # In channels_last this permutation is the memory order: positions become rows without a copy.
-        rows = self.norm(x).permute(0, 2, 3, 1).reshape(n, h * w, c)
+        # In channels_last this permutation is the memory order, and nothing is copied. In a contiguous image it is a
+        # view as well, of rows whose elements lie apart: PyTorch then takes slower kernels for everything below.
+        rows = self.norm(x).permute(0, 2, 3, 1).reshape(n, h * w, c).contiguous()
+        parameters = (self.qkv.weight, self.qkv.bias, self.project.weight, self.project.bias)
+        if self.folds and self.num_heads == 1 and _folding_is_safe(rows, parameters):
+            out = attend(rows, self._folded.get(parameters, _fold_qkv))
+            return x + out.reshape(n, h, w, c).permute(0, 3, 1, 2)
         qkv = self.qkv(rows).reshape(n, h * w, 3, self.num_heads, c // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, h * w, c)
         return x + self.project(out).reshape(n, h, w, c).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
+
+
+def _fold_qkv(qkv: Tensor, qkv_bias: Tensor, project: Tensor, project_bias: Tensor) -> Folded:
+    q, k, v = qkv.chunk(3)
+    q_bias, _, v_bias = qkv_bias.chunk(3)
+    return fold(q, k, v, project, q_bias, v_bias, project_bias)
+
+
+def _folding_is_safe(rows: Tensor, parameters: tuple[Tensor, ...]) -> bool:
+    """Whether folded projections are the same function here, and their changes can be seen."""
+    return (
+        rows.dtype == torch.float32
+        and rows.is_cpu
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and not needs_grad(rows, *parameters)
+        and not any(parameter.is_inference() for parameter in parameters)
+        and not is_transformed()
+    )
 
 
 class Downsample(nn.Module):
@@ -109,4 +145,4 @@ class Upsample(nn.Module):
         self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # type: ignore[no-any-return]
+        return self.conv(x, upsample=True)  # type: ignore[no-any-return]

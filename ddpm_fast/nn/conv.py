@@ -2,14 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backends
-from ..ops._check import needs_grad
+from ..ops._check import is_transformed, needs_grad
 from ..ops.conv import ConvPlan, PreparedConv3x3, conv3x3, cpu_isa, plan_conv3x3, prepare_conv3x3
+
+
+def plan_module(conv: nn.Conv2d, input: Tensor, mode: str, upsample: bool = False) -> ConvPlan:
+    """How a 3x3 convolution module of stride 1 and padding 1 would treat ``input (N, C, H, W)`` just now, and why."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or is_transformed():
+        return ConvPlan(None, 0, "torch.compile, autocast and torch.func have convolutions of their own")
+    weight = conv.weight
+    if not _is_plain(input) or not _is_plain(weight) or weight.dtype != input.dtype or weight.device != input.device:
+        return ConvPlan(None, 0, "the input or the weight is of a tensor type of its own, or they do not match")
+    if weight.is_inference():
+        return ConvPlan(None, 0, "the weight is an inference tensor, whose changes cannot be seen")
+    if input.dim() != 4 or input.shape[1] != conv.in_channels:
+        return ConvPlan(None, 0, f"the input is not (N, {conv.in_channels}, H, W)")
+    if backends.missing["cpu"] is not None or backends._forced not in (None, "cpu"):
+        return ConvPlan(None, 0, "the cpu backend is not the one in use")
+    return plan_conv3x3(
+        conv.in_channels,
+        conv.out_channels,
+        *input.shape[2:],
+        mode=mode,
+        isa=cpu_isa(),
+        dtype=input.dtype,
+        device=input.device.type,
+        upsample=upsample,
+    )
+
+
+def prepared_weight(conv: nn.Conv2d, prepared: PreparedConv3x3 | None) -> PreparedConv3x3:
+    """The module's weight, prepared; ``prepared`` itself as long as it is of the same parameter."""
+    if prepared is None or prepared.weight is not conv.weight:
+        return prepare_conv3x3(conv.weight)
+    return prepared
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) is Tensor or type(tensor) is nn.Parameter
 
 
 class Conv3x3(nn.Conv2d):
@@ -38,36 +73,19 @@ class Conv3x3(nn.Conv2d):
     ) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1, bias=bias, device=device, dtype=dtype)
 
-    def plan(self, input: Tensor) -> ConvPlan:
+    def plan(self, input: Tensor, upsample: bool = False) -> ConvPlan:
         """How ``input (N, in_channels, H, W)`` would be convolved just now, and why."""
-        if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-            return ConvPlan(None, 0, "torch.compile and autocast have convolutions of their own")
-        if self.weight.is_inference():
-            return ConvPlan(None, 0, "the weight is an inference tensor, whose changes cannot be seen")
-        if input.dim() != 4 or backends.missing["cpu"] is not None or backends.choose(input) != "cpu":
-            return ConvPlan(None, 0, "the cpu backend is not the one in use")
         if needs_grad(input, self.weight, self.bias) and not input.is_contiguous(memory_format=torch.channels_last):
             return ConvPlan(None, 0, "a copy in channels_last would have to be kept for the gradient")
-        return plan_conv3x3(
-            self.in_channels,
-            self.out_channels,
-            *input.shape[2:],
-            mode=self.mode,
-            isa=cpu_isa(),
-            dtype=input.dtype,
-            device=input.device.type,
-        )
+        return plan_module(self, input, self.mode, upsample)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``residual + conv(input)``: ``(N, in_channels, H, W)`` -> ``(N, out_channels, H, W)``, residual's shape."""
-        if self.plan(input).tile is None:
-            y = super().forward(input)
+    def forward(self, input: Tensor, residual: Tensor | None = None, upsample: bool = False) -> Tensor:
+        """``residual + conv(input)``: ``(N, in_channels, H, W)`` -> ``(N, out_channels, H, W)``, residual's shape.
+
+        With ``upsample`` the input's height and width are doubled first, each pixel repeated.
+        """
+        if self.plan(input, upsample).tile is None:
+            y = super().forward(F.interpolate(input, scale_factor=2.0, mode="nearest") if upsample else input)
             return y if residual is None else residual + y
-        prepared = self._prepared
-        if prepared is None or prepared.weight is not self.weight:
-            self._prepared = prepared = prepare_conv3x3(self.weight)
-        return conv3x3(input, prepared, self.bias, residual=residual, mode=self.mode)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy has a weight of its own, and a file needs none twice.
-        return {name: value for name, value in self.__dict__.items() if name != "_prepared"}
+        self._prepared = prepared = prepared_weight(self, self._prepared)
+        return conv3x3(input, prepared, self.bias, residual=residual, upsample=upsample, mode=self.mode)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import group_norm_silu
-from .conv import Conv3x3
 
 _ACTIVATIONS = ("silu", None)
 
@@ -94,18 +91,3 @@ class EagerGroupNormSiLU(GroupNormSiLU):
         if shift is not None:
             y = y + shift.reshape(*shift.shape, *spatial)
         return F.silu(y) if self.activation == "silu" else y
-
-
-def eager_copy(model: nn.Module) -> nn.Module:
-    """A deep copy of ``model`` in which every :class:`GroupNormSiLU` and :class:`Conv3x3` runs on PyTorch's operations.
-
-    The baseline of the demo and of the benchmarks: the same parameters, outputs equal up to rounding.
-    """
-    twin = copy.deepcopy(model)
-    for module in twin.modules():
-        if type(module) is GroupNormSiLU:
-            # Same fields, other forward: nothing has to be rebuilt or found again by name.
-            module.__class__ = EagerGroupNormSiLU
-        elif isinstance(module, Conv3x3):
-            module.mode = "torch"
-    return twin

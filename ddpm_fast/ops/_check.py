@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 STREAMS = {"x_T": 0, "noise": 1, "training": 2, "timesteps": 3, "corrector": 4, "augmentation": 5}
 
@@ -118,3 +119,13 @@ def needs_grad(*tensors: Tensor | None) -> bool:
             if tensor is not None and tensor.requires_grad:
                 return True
     return False
+
+
+def is_transformed() -> bool:
+    """Whether functorch or forward-mode differentiation is at work, of which an op without a rule for it knows nothing.
+
+    In a graph that torch.compile traces they are part of the trace.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

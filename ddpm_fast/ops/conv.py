@@ -8,17 +8,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ddpm_fast import backends
 from ddpm_fast.backends.reference import conv as reference
 from ddpm_fast.ops import _check
+from ddpm_fast.ops._derived import Derived
 from ddpm_fast.ops._operator import Operator
 
 CONV3X3 = Operator(
     "conv3x3",
-    "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? prepared, int tile_height, int tile_width, "
-    "int block, Tensor(a!) out",
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? prepared, bool upsample, int tile_height, "
+    "int tile_width, int block, Tensor(a!) out",
     reference.conv3x3,
     on=("reference", "cpu"),
 )
@@ -31,7 +31,7 @@ _PANEL = 32  # output channels side by side, as in csrc/cpu/conv.cpp
 class ConvPlan(NamedTuple):
     """How a 3x3 convolution is computed, and why."""
 
-    tile: tuple[int, int] | None  # height and width of Winograd's tiles of outputs; None leaves it to torch
+    tile: tuple[int, int] | None  # height and width of Winograd's tiles; None leaves it to torch
     block: int  # channels whose products are summed from zero before they are added to the rest
     reason: str
 
@@ -57,16 +57,18 @@ def plan_conv3x3(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     stride: int = 1,
+    upsample: bool = False,
 ) -> ConvPlan:
     """Decides how a 3x3 convolution with padding 1 is computed.
 
     The number of samples is no argument: a sample's bits must not depend on its batch.
 
     Args:
-        channels, outputs, height, width: C, K, H and W.
+        channels, outputs, height, width: C, K, H and W of the input.
         mode: "exact", "strict", "fast" or "torch"; see `conv3x3`.
         isa: the instruction set of the CPU kernels: "avx512", "avx2", "generic", or "none" where there are none.
         dtype, device, stride: the input's dtype and kind of device, and the convolution's stride.
+        upsample: whether the image is doubled first; tiles are single pixels then, of 2x2 outputs.
 
     Raises:
         ValueError: for another mode.
@@ -83,6 +85,8 @@ def plan_conv3x3(
     if min(channels, outputs) < _LEAST_CHANNELS:
         few = f"{channels} to {outputs} channels"
         return _by_torch(f"{few}, one below {_LEAST_CHANNELS}: transforms cost more than they save")
+    if upsample:
+        return ConvPlan((1, 1), _UPSAMPLED_BLOCKS[mode], "a pixel at a time: 9 products for its four outputs")
     candidates = [
         ConvPlan(tile, block, reason)
         for tile, block, reason, least_channels, least_side in _TILES[mode]
@@ -118,6 +122,9 @@ _TILES: dict[str, list[tuple[tuple[int, int], int, str, int, int]]] = {
 }
 
 
+_UPSAMPLED_BLOCKS = {"exact": 64, "strict": 32, "fast": 128}
+
+
 def _multiplications(plan: ConvPlan, height: int, width: int) -> int:
     assert plan.tile is not None
     return plan.planes * -(-height // plan.tile[0]) * -(-width // plan.tile[1])
@@ -151,43 +158,22 @@ def pack(weight: Tensor) -> Tensor:
     return packed
 
 
-# Fused optimisers write into parameters without counting it in their version; so every step of any optimiser counts.
-_optimizer_steps = 0
-
-
-def _count_optimizer_step(*_: Any) -> None:
-    global _optimizer_steps
-    _optimizer_steps += 1
-
-
-register_optimizer_step_post_hook(_count_optimizer_step)
-
-
 class PreparedConv3x3:
     """A weight (K, C, 3, 3) and what the kernel reads in its place, of the same size: see `prepare_conv3x3`."""
 
-    __slots__ = ("_packed", "_source", "_version", "weight")
+    __slots__ = ("_packed", "weight")
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
-        self._packed: Tensor | None = None
-        self._source: Tensor | None = None
-        self._version = (-1, -1)
+        self._packed: Derived[Tensor] = Derived()
 
     def packed(self) -> Tensor:
         """The packed weight, packed again where the weight has changed since the last call."""
-        weight = self.weight
-        version = (weight._version, _optimizer_steps)
-        # Holding the memory that was packed keeps its address from being given to another weight.
-        if (
-            self._packed is None
-            or self._source is None
-            or self._version != version
-            or self._source.data_ptr() != weight.data_ptr()
-        ):
-            self._source, self._version = weight.detach(), version
-            self._packed = pack(self._source)
-        return self._packed
+        return self._packed.get((self.weight,), pack)
+
+    def __reduce__(self) -> tuple[type[PreparedConv3x3], tuple[Tensor]]:
+        """Copies and pickles hold the weight, which is the copy's own, and are packed at their first call."""
+        return PreparedConv3x3, (self.weight,)
 
 
 def prepare_conv3x3(weight: Tensor) -> PreparedConv3x3:
@@ -195,7 +181,8 @@ def prepare_conv3x3(weight: Tensor) -> PreparedConv3x3:
 
     The result follows the weight: it is packed at the first call, and again after an in-place change
     (`load_state_dict`), after a step of any optimiser, or when its memory is replaced. Writes through `weight.data`,
-    which PyTorch does not count, are not seen.
+    which PyTorch does not count, are not seen. Where torch.distributed is initialized it is packed in every call,
+    because `fully_shard` writes so as well.
 
     Args:
         weight: (K, C, 3, 3), float32 on the CPU.
@@ -268,7 +255,7 @@ class _Conv3x3(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.mode, ctx.has_bias = mode, bias is not None
-        return _convolved(x, weight, bias, residual, prepared, mode, None)
+        return _convolved(x, weight, bias, residual, prepared, False, mode, None)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -276,8 +263,9 @@ class _Conv3x3(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
         grad = grad.contiguous(memory_format=torch.channels_last)
-        grad_x = _convolved(grad, _backward_weight(weight), None, None, None, ctx.mode, None) if needs_x else None
-        grad_weight = grad_bias = None
+        grad_x = grad_weight = grad_bias = None
+        if needs_x:
+            grad_x = _convolved(grad, _backward_weight(weight), None, None, None, False, ctx.mode, None)
         if needs_weight or needs_bias:
             _, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
                 grad, x, weight, [weight.shape[0]], [1, 1], [1, 1], [1, 1], False, [0, 0], 1,
@@ -292,22 +280,28 @@ def _convolved(
     bias: Tensor | None,
     residual: Tensor | None,
     prepared: PreparedConv3x3 | None,
+    upsample: bool,
     mode: str,
     out: Tensor | None,
 ) -> Tensor:
     """On the cpu backend, x and residual in channels_last."""
-    plan = plan_conv3x3(weight.shape[1], weight.shape[0], *x.shape[2:], mode=mode, isa=cpu_isa())
+    plan = plan_conv3x3(weight.shape[1], weight.shape[0], *x.shape[2:], mode=mode, isa=cpu_isa(), upsample=upsample)
     if plan.tile is None:
+        x = _doubled(x) if upsample else x
         y = torch.nn.functional.conv2d(x, weight, bias, padding=1).contiguous(memory_format=torch.channels_last)
         if residual is not None:
             return torch.add(residual, y, out=out)
         return y if out is None else out.copy_(y)
     if out is None:
-        shape = (x.shape[0], weight.shape[0], *x.shape[2:])
+        shape = (x.shape[0], weight.shape[0], *((2 if upsample else 1) * side for side in x.shape[2:]))
         out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     packed = pack(weight) if prepared is None else prepared.packed()
-    CONV3X3["cpu"](x, weight, bias, residual, packed, *plan.tile, plan.block, out)
+    CONV3X3["cpu"](x, weight, bias, residual, packed, upsample, *plan.tile, plan.block, out)
     return out
+
+
+def _doubled(x: Tensor) -> Tensor:
+    return torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 def conv3x3(
@@ -316,6 +310,7 @@ def conv3x3(
     bias: Tensor | None = None,
     *,
     residual: Tensor | None = None,
+    upsample: bool = False,
     mode: str = "exact",
     out: Tensor | None = None,
 ) -> Tensor:
@@ -331,14 +326,16 @@ def conv3x3(
             is copied first.
         weight: (K, C, 3, 3) of x's dtype, or better `prepare_conv3x3(weight)`, which spares packing it in each call.
         bias: (K,), or None.
-        residual: (N, K, H, W), added to the result; `out` itself is allowed.
+        residual: of the result's shape, added to it; `out` itself is allowed.
+        upsample: double the height and width of x first, each pixel repeated ("nearest"). Without gradients the large
+            image is not made.
         mode: "exact": the largest tiles whose error against float64 is at most that of torch's own channels_last
             convolution. "strict": tiles of 2x2, about a third to two thirds of that error. "fast": tiles of 4x4
             always, which with few channels round up to three times as much as torch. "torch": torch's convolution.
-        out: channels_last (N, K, H, W) that receives the result.
+        out: channels_last, of the result's shape, receives the result.
 
     Returns:
-        (N, K, H, W), channels_last; `out` where it was given. Differentiable, once.
+        (N, K, H, W), or (N, K, 2H, 2W) with `upsample`, channels_last; `out` where it was given. Differentiable, once.
 
     Raises:
         TypeError: for an argument of the wrong type.
@@ -359,7 +356,8 @@ def conv3x3(
     samples, channels, height, width = x.shape
     outputs = w.shape[0]
     _check_like("weight", w, (outputs, channels, 3, 3), x)
-    shape = (samples, outputs, height, width)
+    factor = 2 if upsample else 1
+    shape = (samples, outputs, factor * height, factor * width)
     if bias is not None:
         _check_like("bias", bias, (outputs,), x)
     if residual is not None:
@@ -370,6 +368,8 @@ def conv3x3(
     needs_grad = _check.needs_grad(x, w, bias, residual, out)
     if needs_grad and out is not None:
         raise RuntimeError("conv3x3: out= is for calls without gradients; use torch.no_grad()")
+    if upsample and needs_grad:
+        x, upsample = _doubled(x), False
     x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
@@ -381,8 +381,8 @@ def conv3x3(
             return y if residual is None else residual + y
         if out is None:
             out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-        CONV3X3["reference"](x, w, bias, residual, None, 0, 0, 0, out)
+        CONV3X3["reference"](x, w, bias, residual, None, upsample, 0, 0, 0, out)
         return out
     if needs_grad:
         return _Conv3x3.apply(x, w, bias, residual, prepared, mode)  # type: ignore[no-any-return,no-untyped-call]
-    return _convolved(x, w, bias, residual, prepared, mode, out)
+    return _convolved(x, w, bias, residual, prepared, upsample, mode, out)

@@ -102,6 +102,19 @@ def test_prints_a_table() -> None:
     assert str(acceleration_report(nn.Identity())).endswith("0 fused, 0 skipped")
 
 
+def test_convolutions_have_a_table_of_their_own() -> None:
+    model = nn.Sequential(nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 1))
+    assert str(acceleration_report(model)).splitlines() == [
+        "norm           in one pass, or why not",
+        "0     skipped  accelerate() has not been applied",
+        "0 fused, 1 skipped",
+        "",
+        "convolution           how, or why not",
+        "1            skipped  accelerate() has not been applied",
+        "0 fused, 1 skipped",
+    ]
+
+
 def test_repr_says_what_is_fused() -> None:
     model = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU())
     assert repr(df.accelerate(model)).startswith("FusedSequential(\n  (0): FusedGroupNorm(2, 4, eps=1e-05")
@@ -126,4 +139,6 @@ def test_rejects_a_wrong_option() -> None:
         df.accelerate(model, channels_last="yes")
     with pytest.raises(TypeError):
         df.accelerate(model, True)
+    with pytest.raises(ValueError, match="conv must be one of"):
+        df.accelerate(model, conv="winograd")
     assert type(model[0]) is nn.GroupNorm

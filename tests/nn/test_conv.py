@@ -121,7 +121,7 @@ def test_new_weights_are_seen() -> None:
 
 
 @torch.no_grad()
-def test_copies_keep_the_mode_and_nothing_else() -> None:
+def test_copies_keep_the_mode_and_have_a_weight_of_their_own() -> None:
     ours, _, x = pair("strict")
     ours(x)
     file = io.BytesIO()
@@ -129,7 +129,9 @@ def test_copies_keep_the_mode_and_nothing_else() -> None:
     file.seek(0)
     for twin in (copy.deepcopy(ours), torch.load(file, weights_only=False)):
         assert twin.mode == "strict"
-        assert twin._prepared is None
+        assert twin._prepared is not None
+        assert twin._prepared.weight is twin.weight
+        assert torch.equal(twin(x), ours(x))
         twin.weight.zero_()
         assert not torch.equal(twin(x), ours(x))
 

@@ -18,6 +18,7 @@ from .common import run_with_isa, same_bits, shape_id
 
 CL = torch.channels_last
 TILES = [(2, 2), (4, 2), (4, 4)]
+UPSAMPLED = (1, 1)
 
 # (N, C, K, H, W): one of everything; counts that are no multiple of a vector, of four, of a panel, or of a tile; more
 # tiles than one block holds; more channels than are transformed at once.
@@ -82,10 +83,16 @@ def rms(difference: Tensor) -> float:
 def kernel(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, tile: tuple[int, int], block: int = 32
 ) -> Tensor:
-    """The C++ kernel itself, whatever the plan says."""
-    out = torch.full((x.shape[0], weight.shape[0], *x.shape[2:]), math.nan).contiguous(memory_format=CL)
-    CONV3X3["cpu"](x, weight, bias, residual, pack(weight), *tile, block, out)
+    """The C++ kernel itself, whatever the plan says; a tile of 1x1 is the kernel that doubles the image."""
+    upsample = tile == UPSAMPLED
+    size = doubled(x).shape[2:] if upsample else x.shape[2:]
+    out = torch.full((x.shape[0], weight.shape[0], *size), math.nan).contiguous(memory_format=CL)
+    CONV3X3["cpu"](x, weight, bias, residual, pack(weight), upsample, *tile, block, out)
     return out
+
+
+def doubled(x: Tensor) -> Tensor:
+    return x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3).contiguous(memory_format=CL)
 
 
 @pytest.mark.parametrize("tile", TILES, ids=lambda t: f"{t[0]}x{t[1]}")
@@ -100,6 +107,49 @@ def test_the_kernel_is_the_convolution(shape: tuple[int, ...], tile: tuple[int, 
             expected = product + (0 if b is None else b.double().reshape(-1, 1, 1)) + (0 if r is None else r.double())
             got = kernel(x, weight, b, r, tile)
             assert (got - expected).abs().max() < 30 * 2**-24 * (magnitude + expected.abs().amax())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_the_kernel_that_doubles_is_the_convolution_of_the_doubled_image(shape: tuple[int, ...]) -> None:
+    n, c, k, h, w = shape
+    x, weight, bias, _ = layer(*shape)
+    residual = layer(n, c, k, 2 * h, 2 * w)[3]
+    product = conv2d(doubled(x).double(), weight.double(), padding=1)
+    magnitude = conv2d(doubled(x).abs().double(), weight.abs().double(), padding=1).amax()
+    for b in (bias, None):
+        for r in (residual, None):
+            expected = product + (0 if b is None else b.double().reshape(-1, 1, 1)) + (0 if r is None else r.double())
+            got = kernel(x, weight, b, r, UPSAMPLED)
+            # Differences of neighbours are at most twice as large as they are.
+            assert (got - expected).abs().max() < 4 * 2**-24 * (magnitude + expected.abs().amax())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_upsampling_in_every_mode_and_on_every_backend(backend: str, mode: str) -> None:
+    for shape in ((2, 24, 40, 5, 6), (1, 3, 16, 4, 4)):  # the second is torch's
+        x, weight, bias, _ = layer(*shape)
+        expected = conv2d(doubled(x).double(), weight.double(), bias.double(), padding=1)
+        for image in (x, x.contiguous()):
+            got = conv3x3(image, weight, bias, upsample=True, mode=mode)
+            assert got.is_contiguous(memory_format=CL)
+            torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+        residual = torch.randn_like(got)
+        out = residual.clone(memory_format=CL)
+        conv3x3(x, weight, bias, residual=out, upsample=True, mode=mode, out=out)
+        torch.testing.assert_close(out.double(), expected + residual.double(), rtol=1e-5, atol=1e-5)
+
+
+@needs_vectors
+@pytest.mark.parametrize("case", LAYERS, ids=shape_id)
+def test_upsampling_errs_at_most_as_much_as_torch(case: tuple[int, int, int]) -> None:
+    c, k, side = case
+    ours, torchs = 0.0, 0.0
+    for seed in range(3):
+        x, weight, bias, _ = layer(max(1, 400 // side**2), c, k, side, side, seed=seed)
+        exact = conv2d(doubled(x).double(), weight.double(), bias.double(), padding=1)
+        ours += rms(conv3x3(x, weight, bias, upsample=True) - exact)
+        torchs += rms(conv2d(doubled(x), weight, bias, padding=1) - exact)
+    assert ours <= torchs
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
@@ -154,10 +204,11 @@ def test_stricts_error_is_the_same_on_every_machine_and_hardly_grows(case: tuple
     assert rms(conv3x3(x, weight, bias, mode="strict") - exact) <= 2.7e-7 * rms(exact)
 
 
-@pytest.mark.parametrize("tile", TILES, ids=lambda t: f"{t[0]}x{t[1]}")
+@pytest.mark.parametrize("tile", [*TILES, UPSAMPLED], ids=lambda t: f"{t[0]}x{t[1]}")
 def test_a_sample_has_its_bits_in_any_batch_and_with_any_threads(tile: tuple[int, int]) -> None:
     for shape in ((5, 24, 40, 13, 9), (3, 144, 100, 8, 8), (5, 48, 24, 28, 28)):
         x, weight, bias, residual = layer(*shape)
+        residual = doubled(residual) if tile == UPSAMPLED else residual
         torch.set_num_threads(1)
         expected = kernel(x, weight, bias, residual, tile)
         for count in (1, 2, 3, 5):
@@ -178,8 +229,11 @@ for n, c, k, h, w in ((2, 20, 40, 9, 7), (1, 144, 16, 8, 8), (1, 3, 5, 4, 4)):
     weight, bias = torch.randn(k, c, 3, 3, generator=g), torch.randn(k, generator=g)
     for tile in ((2, 2), (4, 2), (4, 4)):
         out = torch.empty_like(r)
-        CONV3X3["cpu"](x, weight, bias, r, pack(weight), *tile, 16, out)
+        CONV3X3["cpu"](x, weight, bias, r, pack(weight), False, *tile, 16, out)
         digest.update(out.contiguous().numpy().tobytes())
+    out = torch.empty(n, k, 2 * h, 2 * w).contiguous(memory_format=torch.channels_last)
+    CONV3X3["cpu"](x, weight, bias, None, pack(weight), True, 1, 1, 16, out)
+    digest.update(out.contiguous().numpy().tobytes())
 print(digest.hexdigest())
 """
 
@@ -319,8 +373,10 @@ def test_no_second_derivative() -> None:
 def test_opcheck(backend: str) -> None:
     x, weight, bias, residual = layer(2, 20, 24, 5, 6)
     out = torch.empty_like(residual)
-    torch.library.opcheck(CONV3X3[backend], (x, weight, bias, residual, pack(weight), 4, 4, 16, out))
-    torch.library.opcheck(CONV3X3[backend], (x, weight, None, None, pack(weight), 2, 2, 64, out))
+    torch.library.opcheck(CONV3X3[backend], (x, weight, bias, residual, pack(weight), False, 4, 4, 16, out))
+    torch.library.opcheck(CONV3X3[backend], (x, weight, None, None, pack(weight), False, 2, 2, 64, out))
+    large = torch.empty(2, 24, 10, 12).contiguous(memory_format=CL)
+    torch.library.opcheck(CONV3X3[backend], (x, weight, bias, None, pack(weight), True, 1, 1, 64, large))
 
 
 X, WEIGHT, BIAS, RESIDUAL = layer(2, 20, 24, 6, 5)
@@ -375,13 +431,15 @@ def test_the_kernel_refuses_what_it_would_misread() -> None:
     out = torch.empty_like(RESIDUAL)
     packed = pack(WEIGHT)
     for arguments, message in (
-        ((X.contiguous(), WEIGHT, None, None, packed, 4, 4, 16, out), "x must be channels_last"),
-        ((X, WEIGHT, None, None, packed[1:], 4, 4, 16, out), "prepared"),
-        ((X, WEIGHT, None, None, None, 4, 4, 16, out), "prepared"),
-        ((X, WEIGHT, None, None, packed, 3, 3, 16, out), "tiles are 2x2, 4x2 or 4x4"),
-        ((X, WEIGHT, None, None, packed, 4, 4, 24, out), "block"),
-        ((X, WEIGHT, None, X, packed, 4, 4, 16, out), "residual"),
-        ((X, WEIGHT, None, None, packed, 4, 4, 16, X), "out has the wrong shape"),
+        ((X.contiguous(), WEIGHT, None, None, packed, False, 4, 4, 16, out), "x must be channels_last"),
+        ((X, WEIGHT, None, None, packed[1:], False, 4, 4, 16, out), "prepared"),
+        ((X, WEIGHT, None, None, None, False, 4, 4, 16, out), "prepared"),
+        ((X, WEIGHT, None, None, packed, False, 3, 3, 16, out), "tiles are 2x2, 4x2 or 4x4"),
+        ((X, WEIGHT, None, None, packed, False, 4, 4, 24, out), "block"),
+        ((X, WEIGHT, None, X, packed, False, 4, 4, 16, out), "residual"),
+        ((X, WEIGHT, None, None, packed, False, 4, 4, 16, X), "out has the wrong shape"),
+        ((X, WEIGHT, None, None, packed, True, 1, 1, 16, out), "out has the wrong shape"),
+        ((X, WEIGHT, None, None, packed, True, 2, 2, 16, doubled(out)), "tiles are 1x1"),
     ):
         with pytest.raises(RuntimeError, match=message):
             CONV3X3["cpu"](*arguments)
