@@ -56,11 +56,16 @@ def _with_operand(x: Instr, k: int, text: str) -> Instr:
 
 
 def _changed_constant(operand: str) -> str | None:
-    """Another constant: the next integer, a float off by 2^-10 of itself, a neighbouring address."""
+    """Another constant: the next integer, a float off by 2^-10 of itself, one for a float of zero, a neighbouring
+    address."""
     if re.fullmatch(r"-?\d+", operand):
         return str(int(operand) + 1)
     if m := re.fullmatch(r"0[fF]([0-9a-fA-F]{8})", operand):
-        return f"0f{int(m[1], 16) ^ 1 << 13:08X}"
+        bits = int(m[1], 16)
+        return f"0f{bits ^ 1 << 13 if bits else 0x3F800000:08X}"
+    if m := re.fullmatch(r"0[dD]([0-9a-fA-F]{16})", operand):
+        bits = int(m[1], 16)
+        return f"0d{bits ^ 1 << 42 if bits else 0x3FF0000000000000:016X}"
     if m := re.fullmatch(r"\[(\S+?)\+(\d+)\]", operand):
         return f"[{m[1]}+{int(m[2]) + 4}]"
     return None
@@ -94,7 +99,6 @@ def mutants_of(x: Instr) -> Iterator[Mutant]:
 
 
 class _MutatedTranslation(Translation):
-
     def __init__(self, parsed: Parsed, kernels: dict[str, Function], mutants: list[Mutant]) -> None:
         self._numbers: dict[int, list[tuple[int, Mutant]]] = {}
         for number, mutant in enumerate(mutants):

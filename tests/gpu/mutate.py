@@ -5,7 +5,7 @@
 Pytest's arguments choose the tests (`tests/gpu/test_cuda_*.py tests/gpu/test_triton_*.py` by default, without those
 marked slow). Each runs once on the kernels as they are, which says what mutants it reaches; then those that reach a
 mutant run on it until one fails. A mutant that no thread comes to, and one that outlives its time, count as survivors.
-It takes minutes a file.
+It takes minutes a file, and fails where less than nine in ten of a kernel's mutants are killed.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -27,13 +28,14 @@ import torch
 from _pytest.runner import runtestprotocol
 
 import tests.gpu.ptx.triton as ptx_triton
-from tests.gpu import cuda_library, cuda_runs, triton_runs
+from tests.gpu import cuda_library, cuda_runs, simulate, triton_runs
 from tests.gpu.mutants import Mutant, MutatedModule
 from tests.gpu.ptx import Module
 
 HERE = Path(__file__).parent
-# The tests of the Triton kernels repeat a few cases on other architectures, whose mutants would be much the same.
-TRITON_TARGET = 90
+# Tests for other architectures run on this one too: many mutants of one kernel tell more than the same ones of three.
+TARGET = 90
+ENOUGH = 0.9  # of a kernel's mutants
 
 
 def readable(kernel: str) -> str:
@@ -93,6 +95,10 @@ class Result:
     survivors: list[Mutant] = field(default_factory=list)  # that a thread came to
     unreached: list[Mutant] = field(default_factory=list)
 
+    @property
+    def tried(self) -> int:
+        return self.killed + len(self.survivors) + len(self.unreached)
+
     def told(self) -> list[str]:
         """A line for each survivor."""
         survived = [f"    survived: {mutant}" for mutant in self.survivors]
@@ -132,14 +138,17 @@ class Mutation:
         def module(ptx: str, only: str = "", **_: object) -> Module:
             (kernel,) = [name for name in re.findall(r"\.entry\s+([\w$]+)", ptx) if re.search(only, name)]
             name = readable(kernel)
-            is_triton = name == kernel
-            again = f".target sm_{TRITON_TARGET}" not in ptx if is_triton else name in [m.name for m in made]
-            if again or [family_of(m.name) for m in made].count(family_of(name)) == self.variants:
+            if [family_of(other.name) for other in made].count(family_of(name)) == self.variants:
                 return Module(ptx, only=only)
             made.append(MutatedModule(ptx, kernel, self.mutants, self.seed, name=name))
             return made[-1]
 
+        def backend(name: str, target: int = TARGET, **options: Any) -> Any:
+            return on_any_target(name, TARGET, **options)
+
+        on_any_target = simulate.backend
         with (
+            mock.patch.object(simulate, "backend", backend),
             mock.patch.object(cuda_library, "Module", module),
             mock.patch.object(ptx_triton, "Module", module),
             mock.patch.object(cuda_library.CudaLibrary, "modules", {}),
@@ -148,14 +157,15 @@ class Mutation:
             yield made
 
     def _trial(self, item: pytest.Item, modules: list[MutatedModule]) -> Trial:
-        """Runs a test on the kernels as they are."""
+        """Runs a test on the kernels as they are. One that fails, since it counts on its architecture, reaches nothing."""
         trial = Trial(item, 0.0, {})
         for module in modules:
             module.forget_reached()
         start, known = time.process_time(), len(modules)
         with one_schedule():
             if failure := trial.failure():
-                raise pytest.UsageError(f"{item.nodeid} fails on the kernels as they are: {failure}")
+                print(f"left out: {item.nodeid}: {failure}", file=sys.stderr, flush=True)
+                return trial
             if len(modules) > known:  # most of the time went into compiling
                 start = time.process_time()
                 trial.failure()
@@ -190,13 +200,16 @@ class Mutation:
         return any(trial.kills(module) for trial in trials if time.process_time() - start < self.seconds)
 
 
+def share(results: list[Result]) -> float:
+    """Of the mutants that were tried, how many were killed."""
+    return sum(r.killed for r in results) / max(sum(r.tried for r in results), 1)
+
+
 def row(kernel: str, results: list[Result]) -> str:
     """A line of the table."""
-    killed = sum(r.killed for r in results)
-    unreached = sum(len(r.unreached) for r in results)
-    tried = killed + unreached + sum(len(r.survivors) for r in results)
-    numbers = (len(results), sum(r.possible for r in results), tried, unreached, killed, f"{killed / tried:.0%}")
-    return f"| `{kernel}` | {' | '.join(map(str, numbers))} |"
+    counts = [(r.possible, r.tried, len(r.unreached), r.killed) for r in results]
+    sums = [sum(numbers) for numbers in zip(*counts, strict=True)]
+    return f"| `{kernel}` | {' | '.join(map(str, [len(results), *sums]))} | {share(results):.0%} |"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -219,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for kernel, results in kernels.items():
         print(row(kernel, results))
-    return 0
+    return 0 if min(map(share, kernels.values())) >= ENOUGH else 1
 
 
 if __name__ == "__main__":
