@@ -157,7 +157,7 @@ class Mutation:
             yield made
 
     def _trial(self, item: pytest.Item, modules: list[MutatedModule]) -> Trial:
-        """Runs a test on the kernels as they are. One that fails, since it counts on its architecture, reaches nothing."""
+        """Runs a test on the kernels as they are. One that fails, as it counts on its architecture, reaches nothing."""
         trial = Trial(item, 0.0, {})
         for module in modules:
             module.forget_reached()

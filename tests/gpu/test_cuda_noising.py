@@ -52,6 +52,7 @@ class Case:
 CASES = [
     Case((2, 3, 32, 48)),
     Case((2, 3, 32, 48), "channels_last", torch.bfloat16),
+    Case((1, 3, 17, 19)),
     Case((2, 3, 17, 19), "channels_last", torch.float16, offset=1),
     Case((3, 3, 16, 20), "channels_last", torch.uint8),
     Case((3, 3, 17, 19), "contiguous", torch.uint8, (torch.float32, "contiguous"), offset=1),

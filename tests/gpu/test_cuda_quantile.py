@@ -17,9 +17,10 @@ from . import gates, simulate
 from .cuda_runs import ARCHITECTURES, ONE_PROCESSOR, has_room, is_vectorised, ptx_of, under_every_schedule
 from .triton_runs import moved
 
-# (shape, elements behind an aligned address): several blocks a sample, sizes no multiple of a vector, one element, more
-# samples than a GPU of one multiprocessor takes in one go.
-CASES = [((2, 3, 64, 70), 0), ((3, 3, 17, 19), 1), ((300, 5), 0), ((2, 1), 0)]
+# (shape, elements behind an aligned address): several blocks a sample, sizes no multiple of a vector, also of one
+# sample alone, which is read by vectors up to its end; one element; more samples than a GPU of one multiprocessor takes
+# in one go.
+CASES = [((2, 3, 64, 70), 0), ((3, 3, 17, 19), 1), ((1, 3, 17, 19), 0), ((300, 5), 0), ((2, 1), 0)]
 LOOPS = [((40, 3, 7, 7), 0), ((1, 3, 300, 300), 0)]
 
 
@@ -48,6 +49,13 @@ def test_is_the_references_quantile(case: tuple[tuple[int, ...], int], q: float)
 @pytest.mark.parametrize("case", LOOPS, ids=case_id)
 def test_loops_where_there_is_more_work_than_threads(case: tuple[tuple[int, ...], int]) -> None:
     agrees(torch.randn(case[0]), 0.9, target=90, processors=ONE_PROCESSOR)
+
+
+def test_magnitudes_of_every_size() -> None:
+    """Of any bits but those of NaNs: they fall into all bins."""
+    x = torch.randint(0, 0x7F800001, (2, 1001), dtype=torch.int32).view(torch.float32)
+    for q in (0.1, 0.5, 0.9):
+        agrees(x, q, target=90)
 
 
 @pytest.mark.parametrize("target", [80, 120])

@@ -30,7 +30,7 @@ LAYOUTS = ["contiguous", "channels_last"]
 # columns than threads, and so many channels that a tile is read again; any number of dimensions.
 SHAPES = [
     (2, 12, 5, 3),
-    (1, 131, 17, 19),
+    (1, 199, 17, 19),
     (300, 8, 2, 2),
     (2, 70, 1, 1),
     (1, 1, 20, 21),

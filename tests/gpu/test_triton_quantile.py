@@ -46,6 +46,7 @@ def test_is_the_references_quantile(way: str) -> None:
     agrees(torch.randint(-3, 4, (2, 1581)).float(), 0.6)  # values many times over
     agrees(torch.zeros(2, 1581), 0.9)
     agrees(torch.randn(2, 1581) * 1e-40, 0.9)  # subnormal
+    agrees(torch.randint(0, 0x7F800001, (2, 1581), dtype=torch.int32).view(torch.float32), 0.3)  # of every size
 
 
 def test_infinity_and_nan(way: str) -> None:
