@@ -27,7 +27,7 @@ from .cuda_runs import (
     traced,
     under_every_schedule,
 )
-from .triton_runs import blank, moved
+from .triton_runs import RARE_SAMPLES, RARE_SEED, RARE_STEPS, RARE_STREAM, blank, moved
 
 SCHEDULE = df.NoiseSchedule.linear(1000)
 SEED = torch.tensor([0x0123456789ABCDEF])
@@ -150,6 +150,16 @@ def test_loops_where_there_is_more_work_than_threads(case: Case) -> None:
 @pytest.mark.parametrize("case", CASES[:2], ids=str)
 def test_other_architectures_make_the_same_step(case: Case, target: int) -> None:
     agrees(case, target)
+
+
+def test_words_at_the_ends_of_their_range() -> None:
+    x_t, output, rows = torch.randn(4, 1, 2, 2), torch.randn(4, 1, 2, 2), ddpm_table(SCHEDULE).rows
+    out, expected = torch.full_like(x_t, torch.nan), torch.empty_like(x_t)
+    given = (x_t, output, None, rows, RARE_STEPS, 0, 0, -1.0, 1.0, None, None, RARE_SEED, RARE_SAMPLES, RARE_STREAM)
+    with simulate.backend("cuda"):
+        DENOISE["cuda"](*given, out, None)
+    reference.denoise(*given, expected, None)
+    assert same_bits(out, expected)
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from .cuda_runs import (
     traced,
     under_every_schedule,
 )
-from .triton_runs import blank, moved
+from .triton_runs import RARE_SAMPLES, RARE_SEED, RARE_STEPS, RARE_STREAM, blank, moved
 
 SCHEDULE = df.NoiseSchedule.linear(1000)
 SEED = torch.tensor([0x0123456789ABCDEF])
@@ -122,6 +122,16 @@ def test_loops_where_there_is_more_work_than_threads(case: Case) -> None:
 @pytest.mark.parametrize("target", [80, 120])
 def test_other_architectures_give_the_same(target: int) -> None:
     agrees(CASES[1], target)
+
+
+def test_words_at_the_ends_of_their_range() -> None:
+    x0, t = torch.randn(4, 1, 2, 2), torch.tensor([17, 300, 5, 999])
+    got, expected = [torch.full_like(x0, torch.nan) for _ in range(2)], [torch.empty_like(x0) for _ in range(2)]
+    given = (x0, t, SCHEDULE.noising_coefficients(torch.device("cpu")), RARE_SEED, RARE_SAMPLES, RARE_STEPS, RARE_STREAM)
+    with simulate.backend("cuda"):
+        NOISING_RANDOM["cuda"](*given, *got)
+    reference.noising_random(*given, *expected)
+    assert all(same_bits(a, b) for a, b in zip(got, expected, strict=True))
 
 
 @pytest.mark.slow

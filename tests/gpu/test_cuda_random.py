@@ -22,7 +22,7 @@ from .cuda_runs import (
     traced,
     under_every_schedule,
 )
-from .triton_runs import blank
+from .triton_runs import RARE_SAMPLES, RARE_SEED, RARE_STEPS, RARE_STREAM, blank
 
 Case = tuple[tuple[int, ...], str, torch.dtype, int]
 
@@ -106,6 +106,17 @@ def test_sample_numbers_default_to_the_batchs_and_one_step_serves_all() -> None:
         NORMAL["cuda"](out, SEED, None, step, 0)
     reference.normal(expected, SEED, None, step, 0)
     assert same_bits(out, expected)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_words_at_the_ends_of_their_range(layout: str) -> None:
+    out = laid_out(torch.full((4, 4, 2, 2), torch.nan), layout)
+    expected = torch.empty_like(out)
+    with simulate.backend("cuda"):
+        NORMAL["cuda"](out, RARE_SEED, RARE_SAMPLES, RARE_STEPS, RARE_STREAM)
+    reference.normal(expected, RARE_SEED, RARE_SAMPLES, RARE_STEPS, RARE_STREAM)
+    assert same_bits(out, expected)
+    assert expected[0, 0, 0].norm() > 6.7637  # a word of zero makes the largest normals
 
 
 def test_nothing_to_fill_launches_nothing() -> None:

@@ -14,7 +14,16 @@ from ddpm_fast.backends.triton import _layout
 from ddpm_fast.ops.denoise import DENOISE
 from ddpm_fast.solvers import ddpm_table
 from tests.gpu import gates, simulate
-from tests.gpu.triton_runs import ARCHITECTURES, blank, moved, under_every_schedule
+from tests.gpu.triton_runs import (
+    ARCHITECTURES,
+    RARE_SAMPLES,
+    RARE_SEED,
+    RARE_STEPS,
+    RARE_STREAM,
+    blank,
+    moved,
+    under_every_schedule,
+)
 from tests.ops.common import laid_out, same_bits, shape_id
 
 SCHEDULE = df.NoiseSchedule.linear(1000)
@@ -110,6 +119,16 @@ def test_is_the_references_step(case: Case) -> None:
 @pytest.mark.parametrize("target", [80, 120])
 def test_other_architectures_make_the_same_step(target: int) -> None:
     agrees(CASES[1], target=target)
+
+
+def test_words_at_the_ends_of_their_range() -> None:
+    x_t, output, rows = torch.randn(4, 1, 2, 2), torch.randn(4, 1, 2, 2), ddpm_table(SCHEDULE).rows
+    out, expected = torch.full_like(x_t, torch.nan), torch.empty_like(x_t)
+    given = (x_t, output, None, rows, RARE_STEPS, 0, 0, -1.0, 1.0, None, None, RARE_SEED, RARE_SAMPLES, RARE_STREAM)
+    with simulate.backend("triton"):
+        DENOISE["triton"](*given, out, None)
+    reference.denoise(*given, expected, None)
+    assert same_bits(out, expected)
 
 
 @pytest.mark.slow

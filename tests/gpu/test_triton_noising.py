@@ -11,7 +11,7 @@ from ddpm_fast.backends.reference import noising as reference
 from ddpm_fast.backends.triton import _layout
 from ddpm_fast.ops.noising import NOISING, NOISING_RANDOM
 from tests.gpu import simulate
-from tests.gpu.triton_runs import blank, moved, under_every_schedule
+from tests.gpu.triton_runs import RARE_SAMPLES, RARE_SEED, RARE_STEPS, RARE_STREAM, blank, moved, under_every_schedule
 from tests.ops.common import laid_out, same_bits, shape_id
 
 SEED = torch.tensor([-77])
@@ -116,6 +116,16 @@ def test_64_bit_offsets_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_layout, "_INT32_ELEMENTS", 1)
     makes_the_noise(MADE[1], target=90)
     takes_the_noise(*GIVEN[2], target=90)
+
+
+def test_words_at_the_ends_of_their_range() -> None:
+    x0, t = torch.randn(4, 1, 2, 2), torch.tensor([17, 300, 5, 999])
+    got, expected = [torch.full_like(x0, torch.nan) for _ in range(2)], [torch.empty_like(x0) for _ in range(2)]
+    given = (x0, t, COEFFICIENTS, RARE_SEED, RARE_SAMPLES, RARE_STEPS, RARE_STREAM)
+    with simulate.backend("triton"):
+        NOISING_RANDOM["triton"](*given, *got)
+    reference.noising_random(*given, *expected)
+    assert all(same_bits(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_no_sample_launches_nothing() -> None:

@@ -10,7 +10,15 @@ from ddpm_fast.backends.reference import random as reference
 from ddpm_fast.backends.triton import _layout
 from ddpm_fast.ops.random import NORMAL
 from tests.gpu import simulate
-from tests.gpu.triton_runs import ARCHITECTURES, blank, under_every_schedule
+from tests.gpu.triton_runs import (
+    ARCHITECTURES,
+    RARE_SAMPLES,
+    RARE_SEED,
+    RARE_STEPS,
+    RARE_STREAM,
+    blank,
+    under_every_schedule,
+)
 from tests.ops.common import laid_out, same_bits, shape_id
 
 # Several tiles a sample; sizes no multiple of a vector or of a block of the noise; one element; more channels than a
@@ -95,6 +103,17 @@ def test_sample_numbers_default_to_the_batchs_and_one_step_serves_all() -> None:
         NORMAL["triton"](out, SEED, None, step, 0)
     reference.normal(expected, SEED, None, step, 0)
     assert same_bits(out, expected)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_words_at_the_ends_of_their_range(layout: str) -> None:
+    out = laid_out(torch.full((4, 4, 2, 2), torch.nan), layout)
+    expected = torch.empty_like(out)
+    with simulate.backend("triton"):
+        NORMAL["triton"](out, RARE_SEED, RARE_SAMPLES, RARE_STEPS, RARE_STREAM)
+    reference.normal(expected, RARE_SEED, RARE_SAMPLES, RARE_STEPS, RARE_STREAM)
+    assert same_bits(out, expected)
+    assert expected[0, 0, 0].norm() > 6.7637  # a word of zero makes the largest normals
 
 
 def test_nothing_to_fill_launches_nothing() -> None:
