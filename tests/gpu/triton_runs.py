@@ -26,10 +26,17 @@ SCHEDULES: tuple[dict[str, Any], ...] = (
     {"order": 2, "seed": 6, "strict_global": True},
 )
 
-# Samples and steps whose first block of noise in stream 3 has a word at the end of its range: r0 = 0, r1 = 2^32 - 1,
-# r2 = 0, r3 = 2^32 - 1; found by trying the samples one after the other.
-RARE_SEED, RARE_STREAM = torch.tensor([0x0123456789ABCDEF]), 3
-RARE_SAMPLES, RARE_STEPS = torch.tensor([4212173505, 889928178, 4292409672, 524120840]), torch.tensor([1, 4, 1, 1])
+# Samples and steps whose first block of noise has a word at the end of its range: r0 = 0, r1 = 2^32 - 1, r2 = 0,
+# r3 = 2^32 - 1; found by trying 2^32 samples and more.
+SEED, STREAM = torch.tensor([0x0123456789ABCDEF]), 3
+_RARE_SAMPLES, _RARE_STEPS = torch.tensor([4212173505, 889928178, 4292409672, 524120840]), torch.tensor([1, 4, 1, 1])
+
+
+def drawn_for(samples: int) -> tuple[Tensor, Tensor]:
+    """Sample numbers and steps of a batch, with SEED and STREAM those of the rare words first."""
+    others = torch.arange(samples)
+    ids, steps = others.flip(0) + (1 << 32) - samples, others + 123
+    return torch.cat([_RARE_SAMPLES, ids])[:samples], torch.cat([_RARE_STEPS, steps])[:samples]
 
 
 def under_every_schedule(op: Callable[[], tuple[Tensor, ...]], target: int = 90) -> tuple[Tensor, ...]:
