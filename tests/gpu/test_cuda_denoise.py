@@ -130,7 +130,7 @@ def agrees(case: Case, target: int, processors: int | None = None) -> None:
         DENOISE["cuda"](out if case.in_place else x_t, *options, out, x0)
         return (out,) if x0 is None else (out, x0)
 
-    got = under_every_schedule(step, target, processors)
+    got = under_every_schedule(step, target, processors, samples)
     expected, expected_x0 = torch.empty_like(x_t), torch.empty_like(x_t)
     reference.denoise(x_t, *options, expected, expected_x0)
     assert same_bits(got[0], expected)

@@ -98,7 +98,7 @@ def agrees(case: Case, target: int, processors: int | None = None) -> None:
         NOISING_RANDOM["cuda"](x0, t, coefficients, SEED, ids, step, STREAM, x_t, noise)
         return x_t, noise
 
-    got = under_every_schedule(q_sample, target, processors)
+    got = under_every_schedule(q_sample, target, processors, samples)
     expected, noise = torch.empty_like(like), torch.empty_like(like)
     if given is not None:
         reference.noising(x0, t, coefficients, given, expected)

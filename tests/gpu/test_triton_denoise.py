@@ -96,7 +96,7 @@ def agrees(case: Case, target: int) -> None:
         DENOISE["triton"](*arguments, out, x0)
         return (out,) if x0 is None else (out, x0)
 
-    got = under_every_schedule(step, target)
+    got = under_every_schedule(step, target, samples)
     expected, expected_x0 = torch.empty_like(x_t), torch.empty_like(x_t)
     reference.denoise(*arguments, expected, expected_x0)
     assert same_bits(got[0], expected)

@@ -87,7 +87,7 @@ def takes_the_noise(case: Case, layout: str, dtype: torch.dtype, target: int) ->
         NOISING["triton"](x0, t, COEFFICIENTS, noise, out)
         return (out,)
 
-    (got,) = under_every_schedule(run, target)
+    (got,) = under_every_schedule(run, target, x0.shape[0])
     expected = torch.empty_like(got)
     reference.noising(x0, t, COEFFICIENTS, noise, expected)
     assert same_bits(got, expected)
