@@ -45,8 +45,8 @@ MANY = 300  # samples
 def under_every_schedule(
     op: Callable[[], tuple[Tensor, ...]], target: int = 90, samples: int = 1
 ) -> tuple[Tensor, ...]:
-    """What `op` returns, the same bits whatever the order of the threads; of many samples in the first order alone, since
-    their blocks do what those of a few do."""
+    """What `op` returns, the same bits whatever the order of the threads; many samples run in the first order alone,
+    since their blocks do what those of a few do."""
     results = []
     for options in SCHEDULES[:1] if samples >= MANY else SCHEDULES:
         with simulate.backend("triton", target, **options):
