@@ -70,7 +70,7 @@ def test_values_that_coincide_or_lie_at_the_end_of_the_range(values: str) -> Non
         "zeros": torch.zeros(2, 100) * torch.tensor([[1.0], [-1.0]]),
         "two": torch.tensor([[1.0] * 50 + [-2.0] * 50, [3.0] * 99 + [0.0]]),
         "infinite": torch.tensor([[1.0] * 99 + [-math.inf], [0.5] * 100]),
-        "subnormal": torch.arange(200).reshape(2, 100) * 1e-45,
+        "subnormal": torch.arange(202).reshape(2, 101) * 1e-45,
     }[values]
     for q in (0.0, 0.495, 0.5, 0.98):
         agrees(x, q, target=90)

@@ -50,8 +50,10 @@ def test_is_the_references_quantile(way: str) -> None:
 
 
 def test_infinity_and_nan(way: str) -> None:
-    x = torch.randn(3, 1581)
-    x[0, 5], x[1, 7], x[1, 1580] = torch.nan, torch.inf, -torch.inf
+    x = torch.randn(9, 1581)
+    x[8, 7], x[8, 1580] = torch.inf, -torch.inf
+    for sample in range(7):  # wherever it lies in a thread's elements
+        x[sample, 5 + 197 * sample] = torch.nan
     for q in (0.5, 1.0):
         agrees(x, q)
 
