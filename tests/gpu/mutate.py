@@ -1,6 +1,6 @@
 """Do the tests notice a wrong kernel? Runs the kernels' own tests on mutants of their PTX, and prints who survived.
 
-    python -m tests.gpu.mutate [--mutants N] [--variants N] [--seconds N] [--seed N] [PYTEST ARGUMENT ...]
+    python -m tests.gpu.mutate [--target N] [--mutants N] [--variants N] [--seconds N] [--seed N] [PYTEST ARGUMENT ...]
 
 Pytest's arguments choose the tests (`tests/gpu/test_cuda_*.py tests/gpu/test_triton_*.py` by default, without those
 marked slow). Each runs once on the kernels as they are, which says what mutants it reaches; then those that reach a
@@ -33,8 +33,6 @@ from tests.gpu.mutants import Mutant, MutatedModule
 from tests.gpu.ptx import Module
 
 HERE = Path(__file__).parent
-# Tests for other architectures run on this one too: many mutants of one kernel tell more than the same ones of three.
-TARGET = 90
 ENOUGH = 0.9  # of a kernel's mutants
 
 
@@ -109,10 +107,12 @@ class Result:
 class Mutation:
     """The pytest plugin that runs the collected tests on mutants.
 
-    mutants: of a compiled kernel, drawn by `seed`; variants: compiled kernels of one source that have mutants; seconds:
-    of the processor's time that the tests have for a mutant.
+    target: the architecture that all tests run on, since many mutants of one kernel tell more than the same ones of
+    three; mutants: of a compiled kernel, drawn by `seed`; variants: compiled kernels of one source that have mutants;
+    seconds: of the processor's time that the tests have for a mutant.
     """
 
+    target: int
     mutants: int
     variants: int
     seconds: float
@@ -143,10 +143,11 @@ class Mutation:
             made.append(MutatedModule(ptx, kernel, self.mutants, self.seed, name=name))
             return made[-1]
 
-        def backend(name: str, target: int = TARGET, **options: Any) -> Any:
-            return on_any_target(name, TARGET, **options)
-
         on_any_target = simulate.backend
+
+        def backend(name: str, target: int = 0, **options: Any) -> Any:
+            return on_any_target(name, self.target, **options)
+
         with (
             mock.patch.object(simulate, "backend", backend),
             mock.patch.object(cuda_library, "Module", module),
@@ -214,6 +215,7 @@ def row(kernel: str, results: list[Result]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.mutate", description=__doc__.split("\n")[0])
+    parser.add_argument("--target", type=int, default=90, help="the architecture, 90 for sm_90")
     parser.add_argument("--mutants", type=int, default=30, help="the most mutants of a compiled kernel")
     parser.add_argument("--variants", type=int, default=4, help="the most compiled variants of a kernel with mutants")
     parser.add_argument("--seconds", type=float, default=10, help="how long tests run on a mutant")
@@ -221,7 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
     options, chosen = parser.parse_known_args(arguments)
     torch.set_num_threads(1)
     files = [str(path) for backend in ("cuda", "triton") for path in sorted(HERE.glob(f"test_{backend}_*.py"))]
-    plugin = Mutation(options.mutants, options.variants, options.seconds, options.seed)
+    plugin = Mutation(options.target, options.mutants, options.variants, options.seconds, options.seed)
     chosen = chosen or files
     if failed := pytest.main([*chosen, "-q", "-s", "--tb=line", "-p", "no:cacheprovider"], plugins=[plugin]):
         return int(failed)
