@@ -59,9 +59,9 @@ class Case:
 
 LAST = "channels_last"
 CASES = [
-    Case((5, 3, 32, 24)),
+    Case((7, 3, 32, 16)),
     Case((2, 3, 32, 48), LAST, LAST, torch.bfloat16, "v", "fixed", guided=True, in_place=True),
-    Case((5, 3, 32, 24), LAST, LAST, torch.bfloat16, "v", "learned_range", guided=True),
+    Case((7, 3, 32, 24), LAST, LAST, torch.bfloat16, "v", "learned_range", guided=True),
     Case((1, 3, 17, 19), guided=True, noise="given", wants_x0=True),
     Case((2, 3, 17, 19), LAST, "contiguous", torch.float16, "x_prev", "learned", wants_x0=True, offset=1),
     Case((2, 3, 32, 48), "contiguous", "contiguous", torch.bfloat16, "x0", "learned_range", "given", True, "threshold"),

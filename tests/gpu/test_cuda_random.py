@@ -30,12 +30,12 @@ Case = tuple[tuple[int, ...], str, torch.dtype, int]
 # one element; more channels than a tile has; 1-D, 2-D, 3-D and 5-D; more work than a GPU of one multiprocessor takes in
 # one go, in samples, in pixels and in channels.
 CASES: list[Case] = [
-    ((4, 3, 32, 24), "contiguous", torch.float32, 0),
-    ((4, 3, 32, 24), "channels_last", torch.float32, 0),
+    ((6, 3, 32, 16), "contiguous", torch.float32, 0),
+    ((6, 3, 32, 24), "channels_last", torch.float32, 0),
     ((1, 3, 17, 19), "contiguous", torch.float32, 0),
-    ((4, 3, 17, 11), "contiguous", torch.bfloat16, 1),
-    ((4, 3, 17, 17), "channels_last", torch.float16, 1),
-    ((4, 4, 15, 18), "channels_last", torch.bfloat16, 0),
+    ((6, 3, 17, 11), "contiguous", torch.bfloat16, 1),
+    ((6, 3, 17, 11), "channels_last", torch.float16, 1),
+    ((6, 4, 10, 18), "channels_last", torch.bfloat16, 0),
     ((2, 300, 3, 5), "channels_last", torch.float32, 0),
     ((300, 5), "contiguous", torch.float16, 0),
     ((1, 2, 9, 11, 13), "contiguous", torch.float32, 3),

@@ -43,8 +43,8 @@ class Case:
 
 
 CASES = [
-    Case((5, 3, 32, 24)),
-    Case((5, 3, 32, 24), "channels_last", "channels_last", torch.bfloat16, "v", "learned_range", guided=True),
+    Case((7, 3, 32, 16)),
+    Case((7, 3, 32, 16), "channels_last", "channels_last", torch.bfloat16, "v", "learned_range", guided=True),
     Case((2, 3, 17, 19), "channels_last", "contiguous", torch.float16, "x_prev", "learned", wants_x0=True, offset=1),
     Case((2, 3, 32, 48), "contiguous", "contiguous", torch.bfloat16, "x0", "learned_range", "given", True, "threshold"),
     Case((3, 3, 9, 11), "contiguous", "channels_last", torch.float16, "v", "fixed", "none", False, "none", True),

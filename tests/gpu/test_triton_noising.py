@@ -18,9 +18,9 @@ COEFFICIENTS = df.NoiseSchedule.linear(1000).noising_coefficients(torch.device("
 
 # shape, layout, x0's dtype, elements behind an aligned address
 MADE = [
-    ((4, 3, 32, 24), "contiguous", torch.float32, 0),
-    ((4, 3, 17, 17), "channels_last", torch.float16, 1),
-    ((4, 4, 16, 20), "channels_last", torch.uint8, 0),
+    ((6, 3, 32, 16), "contiguous", torch.float32, 0),
+    ((6, 3, 17, 17), "channels_last", torch.float16, 1),
+    ((6, 4, 12, 20), "channels_last", torch.uint8, 0),
     ((2, 3, 5, 7, 9), "contiguous", torch.bfloat16, 0),
 ]
 # ... and the noise's layout and dtype

@@ -237,6 +237,17 @@ def test_samples_of_views_and_out() -> None:
     assert_close(out, truth)
 
 
+def test_the_sum_over_samples_ends_where_they_do() -> None:
+    for samples in (n for n in range(2, _norm._SAMPLES + 3) if n % 16):  # Triton compiles another kernel for multiples
+        contributions = torch.randn(samples, 2, 12)
+        weight, bias = torch.full((12,), torch.nan), torch.full((12,), torch.nan)
+        with simulate.backend("triton"):
+            _norm.sum_over_samples(contributions, weight, bias)
+        expected = contributions.double().sum(0)
+        assert_close(weight, expected[0])
+        assert_close(bias, expected[1])
+
+
 def test_without_samples_the_parameters_gradients_are_zero() -> None:
     x, weight = torch.empty(0, 8, 4, 4, requires_grad=True), torch.randn(8, requires_grad=True)
     with simulate.backend("triton") as launches:

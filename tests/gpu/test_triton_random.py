@@ -16,11 +16,11 @@ from tests.ops.common import laid_out, same_bits, shape_id
 # Several tiles a sample; sizes no multiple of a vector or of a block of the noise; one element; more channels than a
 # tile has; 1-D, 2-D, 3-D and 5-D; (shape, layout, dtype, elements behind an aligned address).
 CASES = [
-    ((4, 3, 32, 24), "contiguous", torch.float32, 0),
-    ((4, 3, 32, 24), "channels_last", torch.float32, 0),
-    ((4, 3, 17, 11), "contiguous", torch.bfloat16, 1),
-    ((4, 3, 17, 17), "channels_last", torch.float32, 1),
-    ((4, 4, 15, 18), "channels_last", torch.float16, 0),
+    ((6, 3, 32, 16), "contiguous", torch.float32, 0),
+    ((6, 3, 32, 16), "channels_last", torch.float32, 0),
+    ((6, 3, 17, 11), "contiguous", torch.bfloat16, 1),
+    ((6, 3, 17, 11), "channels_last", torch.float32, 1),
+    ((6, 4, 15, 18), "channels_last", torch.float16, 0),
     ((2, 70, 5, 7), "channels_last", torch.float32, 0),
     ((300, 5), "contiguous", torch.float32, 0),
 ]
