@@ -66,6 +66,8 @@ CASES = [
     Case((2, 3, 17, 19), LAST, "contiguous", torch.float16, "x_prev", "learned", wants_x0=True, offset=1),
     Case((2, 3, 32, 48), "contiguous", "contiguous", torch.bfloat16, "x0", "learned_range", "given", True, "threshold"),
     Case((3, 3, 9, 11), "contiguous", LAST, torch.float16, "v", "fixed", "none", False, "none", True),
+    Case((3, 3, 9, 11), LAST, LAST, torch.bfloat16, "x_prev", "learned", "seed", True, "threshold", True, offset=1),
+    Case((3, 4, 8, 8), LAST, LAST, torch.bfloat16, "x0", wants_x0=True),
     Case((300, 3, 5), "contiguous", "contiguous", torch.float32, "x_prev", "fixed", "seed", True, "threshold", True),
     Case((2, 300, 3, 3), LAST, LAST, torch.float32, "epsilon", "learned", bound="threshold"),
     Case((1, 2, 5, 7, 9), "contiguous", "contiguous", torch.float16, "x0", "learned", "given", offset=3, in_place=True),
@@ -92,6 +94,7 @@ MORE_CASES = [
 LOOPS = [
     Case((2, 3, 150, 150), variance="learned_range"),
     Case((40, 3, 30, 32), LAST, LAST, torch.bfloat16),
+    Case((40, 3, 5, 5), LAST, "contiguous", torch.bfloat16),
 ]
 
 

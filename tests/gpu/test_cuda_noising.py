@@ -54,6 +54,8 @@ CASES = [
     Case((1, 3, 17, 19)),
     Case((6, 3, 17, 11), "channels_last", torch.float16, offset=1),
     Case((6, 3, 16, 15), "channels_last", torch.uint8),
+    Case((2, 3, 9, 11), "channels_last", torch.bfloat16, offset=1),
+    Case((2, 4, 8, 8), "channels_last", torch.float16),
     Case((3, 3, 17, 19), "contiguous", torch.uint8, (torch.float32, "contiguous"), offset=1),
     Case((2, 3, 17, 19), "contiguous", torch.bfloat16, (torch.bfloat16, "contiguous")),
     Case((2, 3, 16, 16), "contiguous", torch.float16, (torch.float32, "channels_last")),
@@ -69,6 +71,8 @@ MORE_CASES = [
 LOOPS = [
     Case((2, 3, 150, 150)),
     Case((40, 3, 30, 32), "channels_last", torch.bfloat16, None, "contiguous"),
+    Case((40, 3, 5, 5), "channels_last", torch.bfloat16),
+    Case((40, 3, 5, 5), "channels_last", torch.float16),
 ]
 
 

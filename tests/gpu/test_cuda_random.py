@@ -36,6 +36,7 @@ CASES: list[Case] = [
     ((6, 3, 17, 11), "contiguous", torch.bfloat16, 1),
     ((6, 3, 17, 11), "channels_last", torch.float16, 1),
     ((6, 4, 10, 18), "channels_last", torch.bfloat16, 0),
+    ((2, 3, 9, 11), "channels_last", torch.float32, 1),
     ((2, 300, 3, 5), "channels_last", torch.float32, 0),
     ((300, 5), "contiguous", torch.float16, 0),
     ((1, 2, 9, 11, 13), "contiguous", torch.float32, 3),

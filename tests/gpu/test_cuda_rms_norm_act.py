@@ -14,6 +14,7 @@ import ddpm_fast as df
 from tests.gpu import cuda_library, gates, simulate
 from tests.gpu.ptx import nvcc
 from tests.gpu.test_cuda_norm_act import image_accesses
+from tests.gpu.triton_runs import assert_rounded_once
 from tests.ops.common import same_bits, shape_id
 from tests.ops.norms import FLOATS, assert_close, is_laid_out, laid_out, leaves
 from tests.ops.test_rms_norm_act import exact, parameters, plain
@@ -57,6 +58,7 @@ def check(inputs: dict[str, Tensor], grad: Tensor, got: list[Tensor], **keywords
     truth = leaves({n: v.double() for n, v in inputs.items()})
     z = plain(truth["x"], **{n: v for n, v in truth.items() if n != "x"}, **keywords)
     assert_close(got[0], z.detach())
+    assert_rounded_once(got[0], z.detach())
     expected = torch.autograd.grad(z, list(truth.values()), grad.double())
     x, one = truth["x"].detach(), torch.ones(())
     factor = (truth.get("weight", one) * (1 + truth.get("scale", 0 * one))).detach().abs().max()
