@@ -64,8 +64,8 @@ def under_every_schedule(
 
 
 def assert_rounded_once(got: Tensor, expected: Tensor) -> None:
-    """Of a short dtype: an error of the arithmetic that is smaller than a rounding's shows in how many elements lie on the
-    other side of one. A float32's error puts one in a hundred there, or, where a mean of 1e3 is taken away, three."""
+    """Of a short dtype: an arithmetic's error that is smaller than a rounding's shows in how many elements lie on the
+    other side of one."""
     if got.dtype in (torch.float16, torch.bfloat16):
         assert (got != expected.to(got.dtype)).double().mean() < 0.05
 
