@@ -65,9 +65,9 @@ def under_every_schedule(
 
 def assert_rounded_once(got: Tensor, expected: Tensor) -> None:
     """Of a short dtype: an arithmetic's error that is smaller than a rounding's shows in how many elements lie on the
-    other side of one."""
+    other side of one. Those of float32 put 1 of 3000 there at most, in the tests' cases."""
     if got.dtype in (torch.float16, torch.bfloat16):
-        assert (got != expected.to(got.dtype)).double().mean() < 0.05
+        assert int((got != expected.to(got.dtype)).sum()) <= 1 + got.numel() // 500
 
 
 def blank(like: Tensor, dtype: torch.dtype | None = None, offset: int = 0) -> Tensor:
