@@ -93,6 +93,13 @@ DDPM_FAST_INLINE float sum_of_lanes(F a) {
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
+// The largest lane, in the same order, a NaN treated as max does.
+DDPM_FAST_INLINE float max_of_lanes(F a) {
+  const __m256 eight = _mm256_max_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
 
 #elif defined(DDPM_FAST_ISA_AVX2)
 
@@ -209,6 +216,12 @@ DDPM_FAST_INLINE float sum_of_lanes(F x) {
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
+DDPM_FAST_INLINE float max_of_lanes(F x) {
+  const __m256 eight = _mm256_max_ps(x.a, x.b);
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
 
 #else
 
@@ -288,6 +301,11 @@ DDPM_FAST_INLINE float sum_of_lanes(F a) {
     for (int i = 0; i < half; ++i) a.v[i] += a.v[i + half];
   return a.v[0];
 }
+DDPM_FAST_INLINE float max_of_lanes(F a) {
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) a.v[i] = a.v[i] > a.v[i + half] ? a.v[i] : a.v[i + half];
+  return a.v[0];
+}
 
 #endif
 
@@ -309,6 +327,27 @@ template <class T> DDPM_FAST_INLINE void store(T* p, F a, int n) {
   store(buffer, a);
   for (int i = 0; i < n; ++i) p[i] = buffer[i];
 }
+// For float without that detour through memory, which costs more than most arithmetic.
+#if defined(DDPM_FAST_ISA_AVX512)
+DDPM_FAST_INLINE F load(const float* p, int n) {
+  return {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p)};
+}
+DDPM_FAST_INLINE void store(float* p, F a, int n) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), a.v);
+}
+#elif defined(DDPM_FAST_ISA_AVX2)
+DDPM_FAST_INLINE __m256i lane_mask(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+DDPM_FAST_INLINE F load(const float* p, int n) {
+  return {_mm256_maskload_ps(p, lane_mask(n)),
+          n > 8 ? _mm256_maskload_ps(p + 8, lane_mask(n - 8)) : _mm256_setzero_ps()};
+}
+DDPM_FAST_INLINE void store(float* p, F a, int n) {
+  _mm256_maskstore_ps(p, lane_mask(n), a.a);
+  if (n > 8) _mm256_maskstore_ps(p + 8, lane_mask(n - 8), a.b);
+}
+#endif
 
 // The last vector of a run may be partial; the test costs nothing beside the arithmetic.
 template <class T> DDPM_FAST_INLINE F load_lanes(const T* p, int n) { return n == kLanes ? load(p) : load(p, n); }
