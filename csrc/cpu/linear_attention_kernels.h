@@ -61,32 +61,39 @@ static Rows rows_of(const float* x, int64_t channel_stride, int64_t pixel_stride
   return {copy, padded};
 }
 
-// context[d][e] = context[d][e] * shrink[d] + sum over the pixels of weight[p][d] * value[p][e], the sum from zero.
+// context[d][e] = context[d][e] * shrink[d] + sum over the pixels of weight[p][d] * value[p][e]. The terms are summed
+// kRun at a time from zero: long sums would round more than eager PyTorch's, where a head has few channels.
 template <int rows, int vectors>
 static void add_products(const float* weight, int64_t padded, Rows value, int64_t pixels, const float* shrink,
                          float* context) {
-  F sum[rows][vectors];
-  DDPM_FAST_UNROLL for (int r = 0; r < rows; ++r)
-    DDPM_FAST_UNROLL for (int i = 0; i < vectors; ++i) sum[r][i] = splat(0.0f);
-  for (const float* v = value.data; pixels > 0; --pixels, weight += padded, v += value.stride) {
-    F vs[vectors];
-    DDPM_FAST_UNROLL for (int i = 0; i < vectors; ++i) vs[i] = load(v + i * kLanes);
+  constexpr int64_t kRun = 32;
+  const float* v = value.data;
+  for (int64_t begin = 0; begin < pixels; begin += kRun) {
+    F sum[rows][vectors];
+    DDPM_FAST_UNROLL for (int r = 0; r < rows; ++r)
+      DDPM_FAST_UNROLL for (int i = 0; i < vectors; ++i) sum[r][i] = splat(0.0f);
+    for (int64_t p = std::min(kRun, pixels - begin); p > 0; --p, weight += padded, v += value.stride) {
+      F vs[vectors];
+      DDPM_FAST_UNROLL for (int i = 0; i < vectors; ++i) vs[i] = load(v + i * kLanes);
+      DDPM_FAST_UNROLL for (int r = 0; r < rows; ++r) {
+        const F w = splat(weight[r]);
+        DDPM_FAST_UNROLL for (int i = 0; i < vectors; ++i) sum[r][i] = fma(w, vs[i], sum[r][i]);
+      }
+    }
     DDPM_FAST_UNROLL for (int r = 0; r < rows; ++r) {
-      const F w = splat(weight[r]);
-      DDPM_FAST_UNROLL for (int i = 0; i < vectors; ++i) sum[r][i] = fma(w, vs[i], sum[r][i]);
+      const F factor = splat(begin == 0 ? shrink[r] : 1.0f);
+      DDPM_FAST_UNROLL for (int i = 0; i < vectors; ++i) {
+        float* const target = context + r * padded + i * kLanes;
+        store(target, fma(load(target), factor, sum[r][i]));
+      }
     }
   }
-  DDPM_FAST_UNROLL for (int r = 0; r < rows; ++r)
-    DDPM_FAST_UNROLL for (int i = 0; i < vectors; ++i) {
-      float* const target = context + r * padded + i * kLanes;
-      store(target, fma(load(target), splat(shrink[r]), sum[r][i]));
-    }
 }
 
-// out[p][e] = factor[p] * sum over the channels of weight[p][d] * context[d][e]; the weights lie in chunks of sixteen
-// channels, [d / 16][p][16], and the rows of `out` as those of the context.
+// out[p][e] = sum over the channels of weight[p][d] * context[d][e] / divisor[p]; the weights lie in chunks of sixteen
+// channels, [d / 16][p][16].
 template <int rows, int vectors>
-static void multiply_context(const float* weight, const float* factor, const float* context, int64_t padded,
+static void multiply_context(const float* weight, const float* divisor, const float* context, int64_t padded,
                              int64_t dim, float* out, int64_t out_stride) {
   F sum[rows][vectors];
   DDPM_FAST_UNROLL for (int r = 0; r < rows; ++r)
@@ -104,7 +111,7 @@ static void multiply_context(const float* weight, const float* factor, const flo
   }
   DDPM_FAST_UNROLL for (int r = 0; r < rows; ++r)
     DDPM_FAST_UNROLL for (int i = 0; i < vectors; ++i)
-      store(out + r * out_stride + i * kLanes, sum[r][i] * factor[r]);
+      store(out + r * out_stride + i * kLanes, sum[r][i] / splat(divisor[r]));
 }
 
 // tile.operator()<rows, vectors>(row, vector) for tiles that cover so many rows and vectors, the rows split evenly.
@@ -133,12 +140,13 @@ static void add_block(const LinearAttention& op, Rows key, Rows value, int64_t p
     const F before = load(part.largest + c);
     F largest = before;
     for (int64_t p = 0; p < pixels; ++p) largest = max(largest, load(key.data + p * key.stride + c));
-    F sum = splat(0.0f);
+    F sums[4] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};  // short sums round less
     for (int64_t p = 0; p < pixels; ++p) {
       const F w = exp_of_negative(load(key.data + p * key.stride + c) - largest);
       store(weight + p * padded + c, w);
-      sum = sum + w;
+      sums[p % 4] = sums[p % 4] + w;
     }
+    const F sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
     const F factor = exp_of_negative(before - largest);
     store(shrink + c, factor);
     store(part.largest + c, largest);
@@ -176,7 +184,7 @@ static void attention_part(const LinearAttention& op, const float* key, const fl
   add(key + at, value + at, op.qkv.channel_stride, op.qkv.pixel_stride, op.pixels_of(chunk));
 }
 
-// Puts the parts of a head together in the first, and divides by the sums.
+// Puts the parts of a head together in the first, divides by the sums and multiplies by the queries' scale.
 static void attention_context(const LinearAttention& op, float* parts) {
   const int64_t padded = op.padded();
   const Part first(op, parts);
@@ -198,7 +206,7 @@ static void attention_context(const LinearAttention& op, float* parts) {
   }
   for (int64_t d = 0; d < op.dim; ++d)
     for (int64_t at = d * padded; at < (d + 1) * padded; at += kLanes)
-      store(first.context + at, load(first.context + at) / splat(first.sum[d]));
+      store(first.context + at, load(first.context + at) / splat(first.sum[d]) * op.scale);
 }
 
 // A chunk of the result: the queries' softmax over the channels, times the context.
@@ -211,7 +219,7 @@ static void attention_apply(const LinearAttention& op, const float* query, const
     const int64_t pixels = std::min(kBlock, last - begin);
     const Rows q = rows_of(query + begin * op.qkv.pixel_stride, op.qkv.channel_stride, op.qkv.pixel_stride, pixels, dim,
                            kLowest, query_copy);
-    float factor[kBlock];
+    float divisor[kBlock];
     for (int64_t p = 0; p < pixels; ++p) {
       const float* const row = q.data + p * q.stride;
       F largest = load(row);
@@ -223,12 +231,12 @@ static void attention_apply(const LinearAttention& op, const float* query, const
         store(weight + c * kBlock + p * kLanes, w);
         sum = sum + w;
       }
-      factor[p] = op.scale / sum_of_lanes(sum);
+      divisor[p] = sum_of_lanes(sum);
     }
     float* const to = direct ? out + begin * op.out.pixel_stride : result;
     const int64_t stride = direct ? op.out.pixel_stride : padded;
     for_each_tile(pixels, padded / kLanes, [&](auto rows, auto vectors, int64_t row, int64_t column) {
-      multiply_context<rows(), vectors()>(weight + row * kLanes, factor + row, context + column, padded, dim,
+      multiply_context<rows(), vectors()>(weight + row * kLanes, divisor + row, context + column, padded, dim,
                                           to + row * stride + column, stride);
     });
     if (direct) continue;
