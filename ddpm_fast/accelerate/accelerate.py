@@ -14,6 +14,7 @@ from .activations import find_silu_module
 from .convolutions import accelerate_convs
 from .fused import FusedSequential, hooked, is_plain_sequential
 from .layout import to_channels_last, undo_channels_last
+from .linear_attention import accelerate_linear_attentions
 from .norms import FusedGroupNorm, FusedNorm, has_silu_inside, is_fused_already, is_norm, why_no_group_norm
 from .patch import Accelerated, subclass, swap, unswap
 from .report import note_fused, note_skipped
@@ -24,12 +25,14 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def accelerate(model: M, *, conv: str = "exact", channels_last: bool = False) -> M:
-    """Puts the norms of a model on the fused ops, with the SiLU, scale and shift around them, and its 3x3 convolutions.
+    """Puts the norms, 3x3 convolutions and linear attention of a model on the fused ops.
 
-    In place. The norms are GroupNorm, and RMSNorm over the channels as lucidrains has it. Found are norms alone, norms
+    In place. Norms take the SiLU, scale and shift around them along. The norms are GroupNorm, and RMSNorm over the channels as lucidrains has it. Found are norms alone, norms
     and activations side by side in a Sequential, and norms and activations called in the methods of a block, whatever
     its class, as long as its source can be read. Convolutions are `nn.Conv2d` of 3x3, stride 1 and padding 1, which
-    without gradients, in float32 on a CPU, run on `conv3x3`. Outputs and gradients stay the same to rounding;
+    without gradients, in float32 on a CPU, run on `conv3x3`. Linear attention is what the annotated article and
+    lucidrains' packages have under that name, known by the source of its forward, and runs on `linear_attention` under
+    the same conditions. Outputs and gradients stay the same to rounding;
     parameters, state dict, hooks, `named_modules` and every object's identity stay as they are. What cannot be proved
     safe is left alone: `acceleration_report(model)` names it. On a device or for a dtype without a kernel of ours a
     model runs as before.
@@ -104,6 +107,7 @@ def accelerate(model: M, *, conv: str = "exact", channels_last: bool = False) ->
         own = [site for site in sites if site.norm is norm]
         note_fused(norm, describe(own or [Site(norm)]) + ("" if own else unread.get(norm, "")))
     accelerate_convs(model, conv)
+    accelerate_linear_attentions(model)
     if channels_last:
         to_channels_last(model)
     return model

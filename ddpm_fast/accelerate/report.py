@@ -1,4 +1,4 @@
-"""What accelerate did with each norm and each convolution of a model."""
+"""What accelerate did with each norm, convolution and linear attention of a model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from .convolutions import conv_note, is_conv
+from .linear_attention import is_linear_attention, linear_attention_note
 from .norms import is_fused_already, is_norm
 from .patch import is_accelerated, mark, marked
 
@@ -15,7 +16,7 @@ _UNTOUCHED = "accelerate() has not been applied"
 
 @dataclass
 class AccelerationReport:
-    """Every norm and convolution module of a model, by name; `print` shows it as two tables.
+    """Every norm, convolution and linear attention module of a model, by name; `print` shows it as tables.
 
     Attributes:
         fused: the names of the norms that run on the fused op.
@@ -23,6 +24,8 @@ class AccelerationReport:
         patterns: for each name in `fused`, what runs in one pass with it.
         convs_fused: the names of the convolutions that run on the fused op, and how where the image is large enough.
         convs_skipped: the names of the others, and why.
+        attentions_fused: the names of the linear attention modules that run on the fused op, and how.
+        attentions_skipped: the names of the other modules that are called so, and why.
     """
 
     fused: list[str] = field(default_factory=list)
@@ -30,12 +33,16 @@ class AccelerationReport:
     patterns: dict[str, str] = field(default_factory=dict)
     convs_fused: dict[str, str] = field(default_factory=dict)
     convs_skipped: dict[str, str] = field(default_factory=dict)
+    attentions_fused: dict[str, str] = field(default_factory=dict)
+    attentions_skipped: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        norms = _table("norm", "in one pass", {name: self.patterns[name] for name in self.fused}, self.skipped)
-        if not self.convs_fused and not self.convs_skipped:
-            return norms
-        return norms + "\n\n" + _table("convolution", "how", self.convs_fused, self.convs_skipped)
+        tables = [_table("norm", "in one pass", {name: self.patterns[name] for name in self.fused}, self.skipped)]
+        if self.convs_fused or self.convs_skipped:
+            tables.append(_table("convolution", "how", self.convs_fused, self.convs_skipped))
+        if self.attentions_fused or self.attentions_skipped:
+            tables.append(_table("attention", "how", self.attentions_fused, self.attentions_skipped))
+        return "\n\n".join(tables)
 
 
 def _table(what: str, how: str, fused: dict[str, str], skipped: dict[str, str]) -> str:
@@ -72,6 +79,9 @@ def acceleration_report(model: nn.Module) -> AccelerationReport:
         if is_conv(module):
             fused, text = conv_note(module, _UNTOUCHED)
             (report.convs_fused if fused else report.convs_skipped)[name] = text
+        if is_linear_attention(module):
+            fused, text = linear_attention_note(module, _UNTOUCHED)
+            (report.attentions_fused if fused else report.attentions_skipped)[name] = text
         if not is_norm(module):
             continue
         state, text = marked(module, "note", ("skipped", _UNTOUCHED))
