@@ -27,15 +27,15 @@ M = TypeVar("M", bound=nn.Module)
 def accelerate(model: M, *, conv: str = "exact", channels_last: bool = False) -> M:
     """Puts the norms, 3x3 convolutions and linear attention of a model on the fused ops.
 
-    In place. Norms take the SiLU, scale and shift around them along. The norms are GroupNorm, and RMSNorm over the channels as lucidrains has it. Found are norms alone, norms
-    and activations side by side in a Sequential, and norms and activations called in the methods of a block, whatever
-    its class, as long as its source can be read. Convolutions are `nn.Conv2d` of 3x3, stride 1 and padding 1, which
-    without gradients, in float32 on a CPU, run on `conv3x3`. Linear attention is what the annotated article and
-    lucidrains' packages have under that name, known by the source of its forward, and runs on `linear_attention` under
-    the same conditions. Outputs and gradients stay the same to rounding;
-    parameters, state dict, hooks, `named_modules` and every object's identity stay as they are. What cannot be proved
-    safe is left alone: `acceleration_report(model)` names it. On a device or for a dtype without a kernel of ours a
-    model runs as before.
+    In place. Norms take the SiLU, scale and shift around them along. They are GroupNorm, and RMSNorm over the channels
+    as lucidrains has it. Found are norms alone, norms and activations side by side in a Sequential, and norms and
+    activations called in the methods of a block, whatever its class, as long as its source can be read. Convolutions
+    are `nn.Conv2d` of 3x3, stride 1 and padding 1, which without gradients, in float32 on a CPU, run on `conv3x3`.
+    Linear attention is what the annotated article and lucidrains' packages have under that name, known by the source of
+    its forward, and runs on `linear_attention` under the same conditions. Outputs and gradients stay the same to
+    rounding; parameters, state dict, hooks, `named_modules` and every object's identity stay as they are. What cannot
+    be proved safe is left alone: `acceleration_report(model)` names it. On a device or for a dtype without a kernel of
+    ours a model runs as before.
 
     Applied again, it looks at the model again; `restore` undoes it.
 

@@ -148,7 +148,7 @@ def linear_attention_note(module: nn.Module, untouched: str) -> tuple[bool, str]
 
 def _roles_of(module: nn.Module) -> _Roles | str:
     """How a module computes linear attention, or why it cannot be put on the fused op."""
-    forward = type(module).forward
+    forward = getattr(type(module), "forward", None)  # a scripted module's cannot be had
     if "forward" in module.__dict__ or is_accelerated(module) or not isinstance(forward, types.FunctionType):
         return "its forward was replaced"
     unknown = "its forward is none of those that are known to be linear attention"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -24,9 +23,7 @@ _DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64
 _MOST_CHANNELS = 128  # of a head, as in csrc/cpu/linear_attention.cpp
 
 
-def linear_attention(
-    qkv: Tensor, heads: int, *, memory: Tensor | None = None, scale: float | None = None
-) -> Tensor:
+def linear_attention(qkv: Tensor, heads: int, *, memory: Tensor | None = None, scale: float | None = None) -> Tensor:
     """Attention whose cost grows with the pixels, not with their square (Shen et al. 2018), every head in one pass.
 
     `out = (softmax(k, over pixels) v^T)^T (softmax(q, over channels) * scale)`, head by head, as the annotated
@@ -60,11 +57,13 @@ def linear_attention(
         scale = dim**-0.5
     elif isinstance(scale, bool) or not isinstance(scale, (float, int)):
         raise TypeError(f"scale must be a float or None, not {type(scale).__name__}")
+    if _check.is_transformed():  # torch.func has no memory formats either
+        return reference.attend(qkv, memory, heads, scale)
     layout = _layout(qkv)
     backend = backends.choose(qkv)
     kernel = backend == "cpu" and qkv.dtype == torch.float32 and dim <= _MOST_CHANNELS
     asked_for = backend == "reference" == backends._forced
-    if not (kernel or asked_for) or _check.needs_grad(qkv, memory) or _check.is_transformed():
+    if not (kernel or asked_for) or _check.needs_grad(qkv, memory):
         return reference.attend(qkv, memory, heads, scale).contiguous(memory_format=layout)
     shape = (qkv.shape[0], heads * dim, *qkv.shape[2:])
     out = torch.empty(shape, dtype=qkv.dtype, device=qkv.device, memory_format=layout)
@@ -94,7 +93,8 @@ def _check_qkv(qkv: Any, heads: Any) -> None:
     shape = tuple(qkv.shape)
     if len(shape) < 2 or 0 in shape[1:] or shape[1] % (3 * heads) != 0:
         raise ValueError(
-            f"qkv must be (N, 3 * {heads} * dim, *) with at least one channel a head and one pixel, not of shape {shape}"
+            f"qkv must be (N, 3 * {heads} * dim, *) with at least one channel a head and one pixel, "
+            f"not of shape {shape}"
         )
 
 
@@ -104,6 +104,4 @@ def _check_memory(memory: Any, shape: tuple[int, ...], qkv: Tensor) -> None:
     if memory.dim() != 4 or memory.shape[:3] != shape:
         raise ValueError(f"memory must be {shape} and one more dimension, not of shape {tuple(memory.shape)}")
     if memory.dtype != qkv.dtype or memory.device != qkv.device:
-        raise ValueError(
-            f"memory must be {qkv.dtype} on {qkv.device}, as qkv, not {memory.dtype} on {memory.device}"
-        )
+        raise ValueError(f"memory must be {qkv.dtype} on {qkv.device}, as qkv, not {memory.dtype} on {memory.device}")
