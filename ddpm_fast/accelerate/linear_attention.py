@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 import sys
 import types
@@ -12,14 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
-from ..ops import linear_attention
 from ..ops._check import is_transformed, needs_grad
-from . import source
+from ..ops.linear_attention import linear_attention
+from . import forms, source
 from .patch import Accelerated, is_accelerated, mark, marked, original_class, subclass, swap
-from .scope import Scope
 
-# The forwards that compute linear attention, as their authors write them. Compared is what they say, not how: local
-# names, attributes of self and line breaks may differ. `self.memory`, `self.norm` and `residual` are in some only.
+# The forwards that compute linear attention, as their authors write them.
 _EINOPS = """
 def forward(self, x):
     {residual}
@@ -48,15 +45,15 @@ def _einops(residual: str = "", norm: str = "", memory: str = "", result: str = 
     return _EINOPS.format(residual=residual, norm=norm, memory=memory.strip(), result=result)
 
 
-_FORM_TEXTS = [
-    # The annotated article; lucidrains' guided_diffusion and classifier_free_guidance.
-    _einops(),
-    # lucidrains' denoising_diffusion_pytorch and repaint.
-    _einops(norm=_NORM, memory=_MEMORY),
-    # lucidrains' simple_diffusion.
-    _einops(residual="residual = x", norm=_NORM, result="return self.to_out(out) + residual"),
-    # examples/annotated.py, without einops.
-    """
+_FORMS = [
+    forms.form(text)
+    for text in (
+        # The annotated article; lucidrains' guided_diffusion and classifier_free_guidance.
+        _einops(),
+        # lucidrains' denoising_diffusion_pytorch and repaint.
+        _einops(norm=_NORM, memory=_MEMORY),
+        # examples/annotated.py, without einops.
+        """
 def forward(self, x):
     n, _, height, width = x.shape
     q, k, v = self.to_qkv(x).reshape(n, 3, self.heads, -1, height * width).unbind(1)
@@ -64,19 +61,22 @@ def forward(self, x):
     context = k.softmax(dim=-1) @ v.transpose(-2, -1)
     return self.to_out((context.transpose(-2, -1) @ q).reshape(n, -1, height, width))
 """,
+    )
 ]
+# lucidrains' simple_diffusion.
+_RESIDUAL_FORM = forms.form(_einops(residual="residual = x", norm=_NORM, result="return self.to_out(out) + residual"))
 
 
 class _Roles(NamedTuple):
-    """The attributes of self that a forward uses, by what they are for; None where the form has none."""
+    """The attributes of self that a forward uses, by what they are for; whether it adds its input to its output."""
 
     to_qkv: str
     to_out: str
     heads: str
     scale: str
-    norm: str | None
-    memory: str | None
     residual: bool
+    norm: str | None = None
+    memory: str | None = None
 
 
 class FusedLinearAttention(Accelerated, nn.Module):
@@ -155,25 +155,21 @@ def _roles_of(module: nn.Module) -> _Roles | str:
     if "softmax" not in forward.__code__.co_names:  # most modules; saves reading their source
         return unknown
     try:
-        tree = source.parse(forward)
+        for form in (*_FORMS, _RESIDUAL_FORM):
+            names = forms.match(form, forward, module, _known())
+            if names is not None:
+                roles = _Roles(**names, residual=form is _RESIDUAL_FORM)
+                return _why_not(module, roles) or roles
     except source.Unreadable as error:
         return f"its forward not looked at: {error}"
-    scope = Scope(forward, tree, module)
-    for form in _FORMS:
-        match = _Match(scope)
-        if match.same(form, tree):
-            names = match.attributes
-            roles = _Roles(
-                names["to_qkv"],
-                names["to_out"],
-                names["heads"],
-                names["scale"],
-                names.get("norm"),
-                names.get("memory"),
-                "residual" in match.names,
-            )
-            return _why_not(module, roles) or roles
     return unknown
+
+
+def _known() -> dict[str, object]:
+    """What the forms' free names stand for; einops' only where the model's own code has imported it."""
+    einops = sys.modules.get("einops")
+    known: dict[str, object] = {"torch": torch, "map": map, "partial": functools.partial}
+    return known | {name: getattr(einops, name) for name in ("rearrange", "repeat") if einops is not None}
 
 
 def _why_not(module: nn.Module, roles: _Roles) -> str | None:
@@ -186,82 +182,3 @@ def _why_not(module: nn.Module, roles: _Roles) -> str | None:
     if roles.memory is not None and not isinstance(module._parameters.get(roles.memory), nn.Parameter):
         return f"its {roles.memory} is no parameter"
     return None
-
-
-def _tree(text: str) -> ast.FunctionDef:
-    (tree,) = ast.parse(text).body
-    assert isinstance(tree, ast.FunctionDef)
-    return tree
-
-
-_FORMS = [_tree(text) for text in _FORM_TEXTS]
-
-# What says nothing about what is computed, or is said by other fields.
-_IGNORED = frozenset(["ctx", "kind", "type_comment", "type_params", "returns", "annotation", "name"])
-
-
-def _globals() -> dict[str, Any]:
-    """What the forms' free names stand for."""
-    einops = sys.modules.get("einops")
-    known = {"torch": torch, "map": map, "partial": functools.partial}
-    return known | {name: getattr(einops, name) for name in ("rearrange", "repeat") if einops is not None}
-
-
-class _Match:
-    """A comparison of a form with a forward: which names of the one are which of the other.
-
-    Attributes:
-        names: the forward's local names, by the form's.
-        attributes: the forward's attributes of self, by the form's.
-    """
-
-    def __init__(self, scope: Scope) -> None:
-        self._scope = scope
-        self._globals = _globals()
-        self.names: dict[str, str] = {}
-        self.attributes: dict[str, str] = {}
-
-    def same(self, form: Any, tree: Any) -> bool:
-        """Whether two nodes, or lists of them, or what else is in their fields, say the same."""
-        if isinstance(form, list):
-            return isinstance(tree, list) and len(form) == len(tree) and all(map(self.same, form, tree))
-        if isinstance(form, str):
-            return isinstance(tree, str) and form.split() == tree.split()  # einops does not mind spaces
-        if not isinstance(form, ast.AST):
-            return type(form) is type(tree) and bool(form == tree)
-        if isinstance(form, ast.expr):
-            known = self._known(form)
-            if known is not None:
-                shadowed = isinstance(tree, ast.Name) and tree.id in self.names.values()
-                return isinstance(tree, ast.expr) and not shadowed and self._scope.resolve(tree) is known
-        if type(form) is not type(tree):
-            return False
-        if isinstance(form, ast.Name):
-            return self._paired(self.names, form.id, tree.id)
-        if isinstance(form, ast.arg):
-            return self._paired(self.names, form.arg, tree.arg)
-        if isinstance(form, ast.Attribute) and isinstance(form.value, ast.Name) and form.value.id == "self":
-            return self.same(form.value, tree.value) and self._paired(self.attributes, form.attr, tree.attr)
-        if isinstance(form, ast.FunctionDef) and ast.get_docstring(tree) is not None:
-            return self.same(form.args, tree.args) and self.same(form.body, tree.body[1:]) and not tree.decorator_list
-        return all(
-            self.same(getattr(form, field), getattr(tree, field)) for field in form._fields if field not in _IGNORED
-        )
-
-    def _known(self, form: ast.expr) -> Any:
-        """The object that an expression of a form stands for, if its names are the forms' free ones."""
-        if isinstance(form, ast.Name):
-            return self._globals.get(form.id)
-        if isinstance(form, ast.Attribute) and isinstance(form.value, ast.Name) and form.value.id == "torch":
-            return getattr(torch, form.attr)
-        return None
-
-    @staticmethod
-    def _paired(pairs: dict[str, str], ours: str, theirs: str) -> bool:
-        """Whether two names can be one, and nothing else."""
-        if ours in pairs:
-            return pairs[ours] == theirs
-        if theirs in pairs.values():
-            return False
-        pairs[ours] = theirs
-        return True
