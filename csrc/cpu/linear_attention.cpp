@@ -71,7 +71,7 @@ void linear_attention(Tensor qkv, std::optional<Tensor> memory, int64_t heads, d
   op.heads = heads;
   op.scale = static_cast<float>(scale);
   op.qkv = image_of(qkv, "qkv");
-  op.out = image_of(out, "out");
+  op.out = dense_image_of(out, "out");
   STD_TORCH_CHECK(heads > 0 && op.qkv.channels % (3 * heads) == 0, "qkv has ", op.qkv.channels,
                   " channels, which 3 times ", heads, " heads do not divide");
   op.dim = op.qkv.channels / (3 * heads);

@@ -46,6 +46,29 @@ struct Rows {
   int64_t stride;
 };
 
+// Copies channels, each a run of pixels at `stride`, to rows of pixels or back, sixteen pixels by four channels at a time.
+template <bool kToRows, class Channels, class RowsOf>
+static void transpose(Channels* channels, int64_t stride, RowsOf* rows, int64_t padded, int64_t pixels, int64_t dim) {
+  const int64_t whole_pixels = pixels / kLanes * kLanes, whole_dim = dim / 4 * 4;
+  for (int64_t d = 0; d < whole_dim; d += 4)
+    for (int64_t p = 0; p < whole_pixels; p += kLanes) {
+      auto* const channel = channels + d * stride + p;
+      auto* const row = rows + p * padded + d;
+      F v[4];
+      for (int i = 0; i < 4; ++i) v[i] = kToRows ? load(channel + i * stride) : load_quarters(row + i * padded, 4 * padded);
+      transpose4(v[0], v[1], v[2], v[3]);
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (kToRows) store_quarters(row + i * padded, 4 * padded, v[i]);
+        else store(channel + i * stride, v[i]);
+      }
+    }
+  for (int64_t d = 0; d < dim; ++d)
+    for (int64_t p = d < whole_dim ? whole_pixels : 0; p < pixels; ++p) {
+      if constexpr (kToRows) rows[p * padded + d] = channels[d * stride + p];
+      else channels[d * stride + p] = rows[p * padded + d];
+    }
+}
+
 // Rows of whole vectors: the tensor's own where it has them, else a copy that ends in `fill`.
 static Rows rows_of(const float* x, int64_t channel_stride, int64_t pixel_stride, int64_t pixels, int64_t dim,
                     float fill, float* copy) {
@@ -54,6 +77,8 @@ static Rows rows_of(const float* x, int64_t channel_stride, int64_t pixel_stride
   for (int64_t p = 0; p < pixels; ++p) std::fill(copy + p * padded + dim, copy + (p + 1) * padded, fill);
   if (channel_stride == 1) {
     for (int64_t p = 0; p < pixels; ++p) std::copy_n(x + p * pixel_stride, dim, copy + p * padded);
+  } else if (pixel_stride == 1) {
+    transpose<true>(x, channel_stride, copy, padded, pixels, dim);
   } else {
     for (int64_t d = 0; d < dim; ++d)
       for (int64_t p = 0; p < pixels; ++p) copy[p * padded + d] = x[d * channel_stride + p * pixel_stride];
@@ -244,9 +269,7 @@ static void attention_apply(const LinearAttention& op, const float* query, const
     if (op.out.channel_stride == 1) {
       for (int64_t p = 0; p < pixels; ++p) std::copy_n(result + p * padded, dim, target + p * op.out.pixel_stride);
     } else {
-      for (int64_t d = 0; d < dim; ++d)
-        for (int64_t p = 0; p < pixels; ++p)
-          target[d * op.out.channel_stride + p * op.out.pixel_stride] = result[p * padded + d];
+      transpose<false>(target, op.out.channel_stride, static_cast<const float*>(result), padded, pixels, dim);
     }
   }
 }

@@ -68,6 +68,17 @@ DDPM_FAST_INLINE void transpose4(F& a, F& b, F& c, F& d) {
   c.v = _mm512_shuffle_ps(ab1, cd1, 0x44);
   d.v = _mm512_shuffle_ps(ab1, cd1, 0xee);
 }
+// Lanes 4q..4q+3 from, or to, p + q * stride.
+DDPM_FAST_INLINE F load_quarters(const float* p, int64_t stride) {
+  const __m512 v = _mm512_insertf32x4(_mm512_castps128_ps512(_mm_loadu_ps(p)), _mm_loadu_ps(p + stride), 1);
+  return {_mm512_insertf32x4(_mm512_insertf32x4(v, _mm_loadu_ps(p + 2 * stride), 2), _mm_loadu_ps(p + 3 * stride), 3)};
+}
+DDPM_FAST_INLINE void store_quarters(float* p, int64_t stride, F a) {
+  _mm_storeu_ps(p, _mm512_castps512_ps128(a.v));
+  _mm_storeu_ps(p + stride, _mm512_extractf32x4_ps(a.v, 1));
+  _mm_storeu_ps(p + 2 * stride, _mm512_extractf32x4_ps(a.v, 2));
+  _mm_storeu_ps(p + 3 * stride, _mm512_extractf32x4_ps(a.v, 3));
+}
 
 DDPM_FAST_INLINE F load(const Half* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
@@ -182,6 +193,18 @@ DDPM_FAST_INLINE void transpose4(F& x, F& y, F& z, F& w) {
   transpose4_half(x.a, y.a, z.a, w.a);
   transpose4_half(x.b, y.b, z.b, w.b);
 }
+DDPM_FAST_INLINE __m256 load_halves(const float* p, int64_t stride) {
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + stride), 1);
+}
+DDPM_FAST_INLINE F load_quarters(const float* p, int64_t stride) {
+  return {load_halves(p, stride), load_halves(p + 2 * stride, stride)};
+}
+DDPM_FAST_INLINE void store_quarters(float* p, int64_t stride, F x) {
+  _mm_storeu_ps(p, _mm256_castps256_ps128(x.a));
+  _mm_storeu_ps(p + stride, _mm256_extractf128_ps(x.a, 1));
+  _mm_storeu_ps(p + 2 * stride, _mm256_castps256_ps128(x.b));
+  _mm_storeu_ps(p + 3 * stride, _mm256_extractf128_ps(x.b, 1));
+}
 
 DDPM_FAST_INLINE F load(const Half* p) {
   const __m128i* q = reinterpret_cast<const __m128i*>(p);
@@ -284,6 +307,10 @@ DDPM_FAST_INLINE void transpose4(F& a, F& b, F& c, F& d) {
   for (int q = 0; q < kLanes; q += 4)
     for (int i = 0; i < 4; ++i)
       for (int j = 0; j < 4; ++j) out[i]->v[q + j] = in[j].v[q + i];
+}
+DDPM_FAST_INLINE F load_quarters(const float* p, int64_t stride) DDPM_FAST_EACH(F, p[i / 4 * stride + i % 4])
+DDPM_FAST_INLINE void store_quarters(float* p, int64_t stride, F a) {
+  for (int i = 0; i < kLanes; ++i) p[i / 4 * stride + i % 4] = a.v[i];
 }
 
 DDPM_FAST_INLINE F load(const Half* p) DDPM_FAST_EACH(F, static_cast<float>(p[i]))
