@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import diffusers
 from torch import Tensor, nn
 
-from examples.annotated import Unet
+from examples.annotated import SinusoidalEmbedding, Unet
 
 
 def filled(model: nn.Module) -> nn.Module:
@@ -14,6 +16,15 @@ def filled(model: nn.Module) -> nn.Module:
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)
     return model.eval().requires_grad_(False)
+
+
+def in_float64(model: nn.Module) -> nn.Module:
+    """A copy in float64; the article's embedding of the time is float32 whatever the model is, and rounded as ever."""
+    twin = copy.deepcopy(model).double()
+    for module in twin.modules():
+        if isinstance(module, SinusoidalEmbedding):
+            module.register_forward_hook(lambda _module, _inputs, embedding: embedding.double())
+    return twin
 
 
 def cifar() -> nn.Module:
