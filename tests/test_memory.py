@@ -1,6 +1,7 @@
 import os
 import platform
 import resource
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,12 +22,15 @@ def page_faults(times: int) -> int:
 
 
 @pytest.fixture
-def _untuned(monkeypatch: pytest.MonkeyPatch) -> None:
+def _untuned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("this C library has no mallopt")
     for name in list(os.environ):
         if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES":
             monkeypatch.delenv(name)
+    _memory._mallopt.cache_clear()
+    yield
+    _memory._mallopt.cache_clear()
 
 
 @pytest.mark.usefixtures("_untuned")
@@ -46,6 +50,7 @@ def test_freed_memory_is_used_again() -> None:
 @pytest.mark.usefixtures("_untuned")
 def test_what_the_environment_tunes_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+    _memory._mallopt.cache_clear()
     page_faults(2)
     with _memory.kept_memory():
         page_faults(2)
