@@ -52,8 +52,11 @@ void run(const LinearAttention& op, const float* qkv, float* out) {
     DDPM_FAST_DISPATCH(attention_part)
     (op, input(unit, 1), input(unit, 2), unit % op.heads, chunk, scratch, part);
   });
-  for (int64_t unit = 0; unit < op.units(); ++unit)
-    DDPM_FAST_DISPATCH(attention_context)(op, parts.get() + unit * chunks * size);
+  torch::stable::parallel_for(
+      0, op.units(), std::max<int64_t>(kGrain / (chunks * size), 1), [&](int64_t begin, int64_t end) {
+        for (int64_t unit = begin; unit < end; ++unit)
+          DDPM_FAST_DISPATCH(attention_context)(op, parts.get() + unit * chunks * size);
+      });
   for_each_chunk(op, [&](int64_t unit, int64_t chunk, float* scratch) {
     float* const to =
         out + unit / op.heads * op.out.sample_stride + unit % op.heads * op.dim * op.out.channel_stride;

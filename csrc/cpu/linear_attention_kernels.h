@@ -139,7 +139,8 @@ static void multiply_context(const float* weight, const float* divisor, const fl
       store(out + r * out_stride + i * kLanes, sum[r][i] / splat(divisor[r]));
 }
 
-// tile.operator()<rows, vectors>(row, vector) for tiles that cover so many rows and vectors, the rows split evenly.
+// product(rows, vectors, row, column) for tiles that cover so many rows and vectors, the rows split evenly; how large a
+// tile is comes as a type.
 template <int rows, int vectors, class Tile> DDPM_FAST_INLINE void with_rows(int64_t count, const Tile& tile) {
   if constexpr (rows > 1) {
     if (count < rows) return with_rows<rows - 1, vectors>(count, tile);

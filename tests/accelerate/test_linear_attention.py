@@ -135,7 +135,7 @@ def test_the_report_names_it(form: str) -> None:
 
 @pytest.mark.parametrize("name", ["lucidrains", "examples/annotated.py"])
 @torch.no_grad()
-def test_whole_networks_come_no_further_from_float64_than_before(name: str, calls: list[int]) -> None:
+def test_whole_networks_compute_the_same(name: str, calls: list[int]) -> None:
     if name == "lucidrains":
         model: nn.Module = import_package().Unet(dim=8, dim_mults=(1, 2, 4), channels=1, flash_attn=False)
     else:
