@@ -16,7 +16,7 @@ from .scope import Scope
 _IGNORED = frozenset(["ctx", "kind", "type_comment", "type_params", "returns", "annotation", "name"])
 
 
-def form(text: str) -> ast.FunctionDef:
+def parse_form(text: str) -> ast.FunctionDef:
     """A form, from its source: one function, with `self` as its first argument."""
     (tree,) = ast.parse(text).body
     assert isinstance(tree, ast.FunctionDef)
@@ -31,7 +31,7 @@ def match(
     Local names, attributes of self, annotations, documentation and spaces in strings may differ.
 
     Args:
-        form: made by `form`.
+        form: made by `parse_form`.
         method: of the module's class.
         module: whose method it is.
         known: what the form's free names stand for; the method's have to be the same objects.

@@ -46,7 +46,7 @@ def _einops(residual: str = "", norm: str = "", memory: str = "", result: str = 
 
 
 _FORMS = [
-    forms.form(text)
+    forms.parse_form(text)
     for text in (
         # The annotated article; lucidrains' guided_diffusion and classifier_free_guidance.
         _einops(),
@@ -64,7 +64,9 @@ def forward(self, x):
     )
 ]
 # lucidrains' simple_diffusion.
-_RESIDUAL_FORM = forms.form(_einops(residual="residual = x", norm=_NORM, result="return self.to_out(out) + residual"))
+_RESIDUAL_FORM = forms.parse_form(
+    _einops(residual="residual = x", norm=_NORM, result="return self.to_out(out) + residual")
+)
 
 
 class _Roles(NamedTuple):
