@@ -11,6 +11,7 @@ from torch import nn
 from ..ops.conv import MODES
 from . import blocks
 from .activations import find_silu_module
+from .attention import accelerate_attentions
 from .convolutions import accelerate_convs
 from .fused import FusedSequential, hooked, is_plain_sequential
 from .layout import to_channels_last, undo_channels_last
@@ -104,6 +105,7 @@ def accelerate(model: M, *, conv: str = "exact", channels_last: bool = False) ->
         own = [site for site in sites if site.norm is norm]
         note_fused(norm, describe(own or [Site(norm)]) + ("" if own else unread.get(norm, "")))
     accelerate_convs(model, conv)
+    accelerate_attentions(model)
     if channels_last:
         to_channels_last(model)
     return model
