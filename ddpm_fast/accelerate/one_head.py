@@ -20,7 +20,6 @@ from .pure import PLAIN, Impure, require_pure
 from .scope import MISSING
 
 _INTERNAL = frozenset(vars(nn.Module()))
-_FORMATS = (torch.contiguous_format, torch.channels_last)
 _Projection = nn.Linear | nn.Conv1d | nn.Conv2d
 
 
@@ -70,8 +69,8 @@ class OneHead:
         unused: the names of arguments that it takes and does not use.
         residual: whether the input is added to the output.
         divisor: what the sum is divided by.
-        formats: the memory format of the output, for a contiguous image and for one in channels_last; None where the
-            module takes no images.
+        channels_last: whether its output is, for a contiguous image and for one in channels_last; None where it takes
+            no images.
         rows: whether it takes rows ``(N, L, C)``.
         inner: the modules inside it.
         states: its own and theirs.
@@ -84,7 +83,7 @@ class OneHead:
     unused: tuple[str, ...] = ()
     residual: bool = False
     divisor: float = 1.0
-    formats: tuple[torch.memory_format, ...] | None = _FORMATS
+    channels_last: tuple[bool, bool] | None = (False, True)
     rows: bool = True
     inner: tuple[nn.Module, ...] = ()
     states: tuple[_State, ...] = ()
@@ -93,7 +92,7 @@ class OneHead:
     def takes(self, x: Tensor) -> bool:
         channels = self.projections[0].weight.shape[1]
         if x.dim() == 4:
-            return self.formats is not None and x.shape[1] == channels and x.numel() > 0
+            return self.channels_last is not None and x.shape[1] == channels and x.numel() > 0
         return self.rows and x.dim() == 3 and x.shape[2] == channels and x.numel() > 0
 
     def is_as_it_was(self, module: nn.Module) -> bool:
@@ -115,9 +114,9 @@ class OneHead:
         y = attend(rows.contiguous(), self.folded.get(tuple(parameters), _fold), self.scale)
         memory_format = torch.contiguous_format
         if x.dim() == 4:
-            assert self.formats is not None
-            memory_format = self.formats[_is_channels_last(x)]
             y = y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+            if self.channels_last is not None and self.channels_last[_is_channels_last(x)]:
+                memory_format = torch.channels_last
         if self.residual:
             y = torch.add(y, x, out=torch.empty_like(x, memory_format=memory_format))
         else:
@@ -222,7 +221,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def _is_plain(value: Any) -> bool:
-    return all(isinstance(part, PLAIN) for part in (value if isinstance(value, (tuple, list)) else [value]))
+    return all(isinstance(part, PLAIN) for part in (value if isinstance(value, tuple) else [value]))
 
 
 def _require_plain_attributes(module: nn.Module) -> None:
@@ -305,7 +304,7 @@ def _try_out(module: nn.Module, plan: OneHead) -> OneHead | None:
         scale=best.scale,
         divisor=best.divisor,
         residual=best.residual,
-        formats=(_format(of_images[0]), _format(of_images[2])) if fits else None,
+        channels_last=(_is_channels_last(of_images[0]), _is_channels_last(of_images[2])) if fits else None,
         rows=bool(with_rows),
     )
 
@@ -334,7 +333,3 @@ def _agrees(plan: OneHead, x: Tensor, want: Any) -> bool:
         return False
     difference = (plan.run(x) - want).abs().max()
     return float(difference) <= 1e-4 * float(want.abs().max())
-
-
-def _format(image: Tensor) -> torch.memory_format:
-    return _FORMATS[_is_channels_last(image)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import types
 from typing import Any
 
@@ -30,14 +31,20 @@ class Impure(Exception):
 def require_pure(module: nn.Module) -> None:
     """Looks at the forward of every module in `module` that is not torch's, and at whatever these use.
 
+    Functions of autograd are trusted to do what their kind is for.
+
     Raises:
         Impure: if it may write into anything but local variables, or use what is not known to leave all as it is.
     """
     looked_at: set[Any] = set()
     for inner in module.modules():
         kind = original_class(inner)
-        if kind.__module__.split(".")[0] != "torch" and not isinstance(inner, FusedNorm):
-            _look(kind.forward, inner, looked_at)
+        if kind.__module__.split(".")[0] == "torch" or isinstance(inner, FusedNorm):
+            continue
+        for name in ("__call__", "__getattr__", "__getattribute__"):
+            if getattr(kind, name) is not getattr(nn.Module, name):
+                raise Impure(f"{kind.__qualname__} has a {name} of its own")
+        _look(kind.forward, inner, looked_at)
 
 
 def _look(function: Any, instance: Any, looked_at: set[Any]) -> None:
@@ -47,6 +54,9 @@ def _look(function: Any, instance: Any, looked_at: set[Any]) -> None:
     name = getattr(function, "__qualname__", repr(function))
     if not isinstance(function, types.FunctionType) or hasattr(function, "__wrapped__"):
         raise Impure(f"{name} is not a plain function")
+    defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    if not all(isinstance(default, PLAIN) for default in defaults):
+        raise Impure(f"{name} keeps a default value that can change")
     try:
         tree = source.parse(function)
     except source.Unreadable as error:
@@ -72,8 +82,11 @@ def _is_harmless(node: ast.Name | ast.Attribute, scope: Scope, looked_at: set[An
         return _is_harmless_value(found, looked_at)
     base, name = scope.resolve(node.value), node.attr
     if isinstance(base, nn.Module):
-        method = getattr(original_class(base), name, None)
+        method = inspect.getattr_static(original_class(base), name, None)
         if method is None or method is nn.Module.parameters:  # what is not there cannot be reached
+            return True
+        if isinstance(method, staticmethod):
+            _look(method.__func__, MISSING, looked_at)
             return True
         if base is scope.instance and isinstance(method, types.FunctionType):
             _look(method, base, looked_at)
@@ -98,5 +111,5 @@ def _is_harmless_value(found: Any, looked_at: set[Any]) -> bool:
         _look(found, MISSING, looked_at)
         return True
     name = str(getattr(found, "__name__", ""))
-    known = hasattr(Tensor, name) or hasattr(F, name) or name == "einsum"
+    known = hasattr(Tensor, name) or hasattr(F, name) or name in ("einsum", "cat")
     return known and not name.endswith("_") and any(getattr(space, name, None) is found for space in (torch, F))
