@@ -331,5 +331,8 @@ def _output(module: nn.Module, x: Tensor) -> Any:
 def _agrees(plan: OneHead, x: Tensor, want: Any) -> bool:
     if not isinstance(want, Tensor) or want.shape != x.shape or want.dtype != x.dtype:
         return False
-    difference = (plan.run(x) - want).abs().max()
-    return float(difference) <= 1e-4 * float(want.abs().max())
+    try:
+        got = plan.run(x)
+    except RuntimeError:  # a norm that does not take images
+        return False
+    return float((got - want).abs().max()) <= 1e-4 * float(want.abs().max())

@@ -302,6 +302,16 @@ class Causal(nn.Module):
         return self.proj(y.transpose(1, 2).reshape(x.shape))
 
 
+class LayerNormAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(16), Causal()
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.norm(x.flatten(2).transpose(1, 2))
+        return self.attention(rows.transpose(1, 2).reshape(x.shape))
+
+
 class CausalAttention(Causal):
     pass
 
@@ -473,6 +483,7 @@ REASONS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "processor": (lambda: diffusers_attention(processor=StoringProcessor()), "processor is a StoringProcessor"),
     "subclass": (lambda: ScaledAttention(16, heads=1, dim_head=16), "processor is a AttnProcessor2_0"),
     "linear": (LinearAttention, "does not compute self-attention"),
+    "layer norm": (LayerNormAttention, "does not compute self-attention"),
     "causal": (CausalAttention, "does not compute self-attention"),
     "windows": (lambda: WindowedAttention(16), "WindowedAttention.forward has 'super"),
     "attribute": (lambda: IntoAttributeAttention(16), "look has 'self.weight'"),
