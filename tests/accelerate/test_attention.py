@@ -183,6 +183,10 @@ def adapt(module: nn.Module) -> None:
     module.to_q = nn.Sequential(module.to_q)
 
 
+def another_layer() -> nn.Module:
+    return nn.Linear(64, 64).requires_grad_(False).eval()
+
+
 def dropout_at_inference(module: nn.Module) -> None:
     module.to_out[1].p = 0.5
     module.to_out[1].train()
@@ -193,6 +197,7 @@ CHANGES: dict[str, Callable[[nn.Module], Any]] = {
     "hook before": lambda module: module.to_out[0].register_forward_pre_hook(lambda m, args: (2 * args[0],)),
     "norm's hook": lambda module: module.group_norm.register_forward_hook(lambda m, args, y: 2 * y),
     "adapter": adapt,
+    "another layer": lambda module: setattr(module, "to_q", another_layer()),
     "forward": halve,
     "layer's forward": lambda module: halve(module.to_q),
     "parametrization": lambda module: nn.utils.parametrizations.weight_norm(module.to_k),
@@ -218,8 +223,8 @@ def test_whatever_is_changed_afterwards_counts(change: str, folds: list[torch.Si
     assert len(folds) == 1
     outputs = []
     for changed in (module, twin):
-        CHANGES[change](changed)
         torch.manual_seed(1)
+        CHANGES[change](changed)
         outputs.append(changed(x))
     got, want = outputs
     # To the rounding of the fused norm.
@@ -246,6 +251,33 @@ def test_a_hook_is_honoured_only_while_it_is_there(folds: list[torch.Size]) -> N
     module.register_forward_hook(lambda m, args, y: seen.append(y))
     assert seen.pop() is not module(x)
     assert len(folds) == 2
+
+
+@torch.no_grad()
+def test_pruned_layers_are_a_narrower_head(folds: list[torch.Size]) -> None:
+    twin = make("diffusers")
+    module = df.accelerate(copy.deepcopy(twin))
+    for made in (twin, module):
+        for layer in (made.to_q, made.to_k, made.to_v):
+            layer.weight, layer.bias = nn.Parameter(layer.weight[:32]), nn.Parameter(layer.bias[:32])
+        made.to_out[0].weight = nn.Parameter(made.to_out[0].weight[:, :32])
+    x = image()
+    want = twin(x)
+    torch.testing.assert_close(module(x), want, rtol=0, atol=2e-6 * float(want.abs().max()))
+    assert folds == []
+
+
+@torch.no_grad()
+def test_a_mismatch_is_torchs_error() -> None:
+    twin = make("diffusers-alone")
+    module = df.accelerate(copy.deepcopy(twin))
+    for made in (twin, module):
+        made.to_out[0].half()
+    with pytest.raises(RuntimeError) as want:
+        twin(image())
+    with pytest.raises(RuntimeError) as got:
+        module(image())
+    assert str(got.value) == str(want.value)
 
 
 @torch.no_grad()
