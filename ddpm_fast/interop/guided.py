@@ -14,11 +14,18 @@ _VARIANCES = {
     "LEARNED": "learned",
     "LEARNED_RANGE": "learned_range",
 }
+# What makes the samples, by solver.
+_METHODS = {
+    "ddpm": ("q_posterior_mean_variance", "p_mean_variance", "p_sample", "p_sample_loop", "p_sample_loop_progressive"),
+    "ddim": ("p_mean_variance", "ddim_sample", "ddim_sample_loop", "ddim_sample_loop_progressive"),
+}
+_CLASSES = ("GaussianDiffusion", "SpacedDiffusion")
 
 
 def arguments(diffusion: Any, options: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a Sampler, besides the model, that samples as `diffusion` does."""
     _read.check_options(options, ("prediction", "variance", "time_input"), _KIND)
+    _read.check_methods(diffusion, _METHODS.get(options.get("solver", "ddpm"), ()), _CLASSES)
     spaced = hasattr(diffusion, "timestep_map")
     schedule = _read.schedule(
         diffusion,

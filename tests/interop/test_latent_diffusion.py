@@ -93,6 +93,17 @@ def test_refusals(change, options, error, message):
         Sampler.from_latent_diffusion(ldm, **options)
 
 
+def test_a_subclass_is_refused_where_it_samples_differently():
+    class Upscaling(LatentDiffusion):
+        def p_sample_loop(self, *args, **kwargs):
+            return super().p_sample_loop(*args, **kwargs)
+
+    with pytest.raises(ValueError, match="Upscaling has a p_sample_loop of its own"):
+        Sampler.from_latent_diffusion(Upscaling(Net(4)))
+    # DDIMSampler and PLMSSampler have loops of their own, and ask the model for its network alone.
+    assert Sampler.from_latent_diffusion(Upscaling(Net(4)), solver="ddim", steps=50).steps == 50
+
+
 def test_another_object_is_refused():
     with pytest.raises(TypeError, match="Net has no 'model' and is no DDPM of latent-diffusion"):
         Sampler.from_latent_diffusion(Net())
