@@ -139,8 +139,9 @@ def test_a_part_of_the_timesteps_keeps_the_schedulers_stride(kind):
     with torch.no_grad():
         for t in part:
             expected = scheduler.step(net(expected, t), t, expected, generator=generator).prev_sample
-    for scheduler.timesteps, options in ((scheduler.timesteps, {"timesteps": part}), (part, {})):
-        sampler = Sampler.from_diffusers(scheduler, net, **options)
+    given = Sampler.from_diffusers(scheduler, net, timesteps=part)
+    scheduler.timesteps = part
+    for sampler in (given, Sampler.from_diffusers(scheduler, net)):
         result = sampler.sample(SHAPE, x_T=x, generator=generator.manual_seed(0))
         torch.testing.assert_close(result, expected, rtol=0, atol=TOLERANCE)
 
