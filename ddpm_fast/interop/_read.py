@@ -52,7 +52,7 @@ def check_methods(source: Any, methods: tuple[str, ...], originals: tuple[str, .
     """
     for name in methods:
         owners = [cls.__name__ for cls in type(source).__mro__ if name in vars(cls)]
-        if name in vars(source) or (len(owners) > 1 and owners[0] not in originals):
+        if name in getattr(source, "__dict__", ()) or (len(owners) > 1 and owners[0] not in originals):
             raise ValueError(f"{type(source).__name__} has a {name} of its own, which a Sampler cannot stand in for")
 
 

@@ -11,6 +11,7 @@ import torch
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.schedule import NoiseSchedule
 from tests.originals.guided import GaussianDiffusion, ModelMeanType, ModelVarType
+from tests.originals.latent_diffusion import LatentDiffusion
 from tests.originals.network import Net
 
 SHAPE = (2, 3, 8, 8)
@@ -126,5 +127,10 @@ def test_a_subclass_is_refused_where_it_samples_differently():
 
 
 def test_another_object_is_refused():
-    with pytest.raises(TypeError, match="Net has no 'betas' and is no GaussianDiffusion of openai's"):
-        Sampler.from_guided(Net(), Net())
+    with pytest.raises(TypeError, match="object has no 'betas' and is no GaussianDiffusion of openai's"):
+        Sampler.from_guided(object(), Net())
+
+
+def test_modules_with_tables_of_the_same_names_are_refused():
+    with pytest.raises(TypeError, match="LatentDiffusion is an nn.Module and no GaussianDiffusion of openai's"):
+        Sampler.from_guided(LatentDiffusion(Net(4)), Net(4))

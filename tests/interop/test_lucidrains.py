@@ -99,7 +99,7 @@ def test_another_solver_may_be_asked_for():
             ValueError,
             "LearnedGaussianDiffusion with objective='pred_x0'",
         ),
-        (Net, {}, TypeError, "type has no 'model_predictions'"),
+        (Net, {}, TypeError, "Net has no 'model_predictions'"),
     ],
     ids=["prediction", "clip", "nan", "learned", "other"],
 )
