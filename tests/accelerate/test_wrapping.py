@@ -174,6 +174,43 @@ def test_fully_shard(tmp_path: object, passes: list[str]) -> None:
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("order", ["accelerated-first", "sharded-first"])
+@pytest.mark.parametrize("name", ["article", "imagen"])
+def test_fully_sharded_data_parallel(name: str, order: str, tmp_path: object, passes: list[str]) -> None:
+    """The class of that name, with a unit of its own for each convolution."""
+    if not torch.distributed.is_available():
+        pytest.skip("torch without distributed")
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = make(name)
+        x, emb = inputs()
+        want = model(x, emb)
+        gradients = torch.autograd.grad(want.square().sum(), list(model.parameters()))
+        wrapped = df.accelerate(model) if order == "accelerated-first" else model
+        wrapped = FullyShardedDataParallel(
+            wrapped,
+            auto_wrap_policy=ModuleWrapPolicy({nn.Conv2d}),
+            device_id=torch.device("cpu"),
+            use_orig_params=True,
+        )
+        if order == "sharded-first":
+            df.accelerate(wrapped)
+        got = wrapped(x, emb)
+        assert passes
+        assert_close(got, want)
+        got.square().sum().backward()
+        for parameter, gradient in zip(wrapped.parameters(), gradients, strict=True):
+            assert parameter.grad is not None
+            assert_close(parameter.grad, gradient.reshape(parameter.grad.shape), 5e-5)
+        assert acceleration_report(wrapped).fused
+        assert torch.equal(df.restore(wrapped)(x, emb), want)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_function_transforms() -> None:
     """vmap, functorch's gradients and forward-mode differentiation take the original path."""
     norm = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU())
