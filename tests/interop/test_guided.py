@@ -132,5 +132,5 @@ def test_another_object_is_refused():
 
 
 def test_modules_with_tables_of_the_same_names_are_refused():
-    with pytest.raises(TypeError, match="LatentDiffusion is an nn.Module and no GaussianDiffusion of openai's"):
+    with pytest.raises(TypeError, match=r"LatentDiffusion is an nn\.Module and no GaussianDiffusion of openai's"):
         Sampler.from_guided(LatentDiffusion(Net(4)), Net(4))
