@@ -117,35 +117,28 @@ def _takes(module: nn.Module, roles: _Roles, x: Any) -> bool:
     )
 
 
-def is_linear_attention(module: nn.Module) -> bool:
-    """Whether a module is one, or is called so."""
-    return isinstance(module, FusedLinearAttention) or original_class(module).__name__.endswith("LinearAttention")
+def is_called_linear(module: nn.Module) -> bool:
+    return original_class(module).__name__.endswith("LinearAttention")
 
 
-def accelerate_linear_attentions(model: nn.Module) -> None:
-    """Puts the linear attention modules on the fused op, and leaves a note on what is only called so."""
-    for module in model.modules():
-        roles = _roles_of(module)
-        reason = None
-        if isinstance(roles, _Roles):
-            try:
-                swap(module, subclass(FusedLinearAttention, type(module)))
-                mark(module, "roles", roles)
-            except TypeError as error:
-                reason = f"its class cannot be extended: {error}"
-        elif is_linear_attention(module):
-            reason = roles
-        if reason is not None:
-            mark(module, "attention", reason)
+def accelerate_linear_attention(module: nn.Module) -> str | None:
+    """Puts a module on the fused op; why not, where its forward is not known to be linear attention."""
+    roles = _roles_of(module)
+    if not isinstance(roles, _Roles):
+        return roles
+    try:
+        swap(module, subclass(FusedLinearAttention, type(module)))
+    except TypeError as error:
+        return f"its class cannot be extended: {error}"
+    mark(module, "roles", roles)
+    return None
 
 
-def linear_attention_note(module: nn.Module, untouched: str) -> tuple[bool, str]:
-    """Whether a linear attention module runs on the fused op; how, or why not."""
-    if not isinstance(module, FusedLinearAttention):
-        return False, marked(module, "attention", untouched)
+def note(module: FusedLinearAttention) -> str:
+    """How a module runs."""
     roles: _Roles = marked(module, "roles")
     memory = "" if roles.memory is None else ", with a memory"
-    return True, f"linear attention, {getattr(module, roles.heads)} heads{memory}"
+    return f"linear attention, {getattr(module, roles.heads)} heads{memory}"
 
 
 def _roles_of(module: nn.Module) -> _Roles | str:
