@@ -31,10 +31,11 @@ def accelerate(model: M, *, conv: str = "exact", channels_last: bool = False) ->
     and activations side by side in a Sequential, and norms and activations called in the methods of a block, whatever
     its class, as long as its source can be read. Convolutions are `nn.Conv2d` of 3x3, stride 1 and padding 1, which
     without gradients, in float32 on a CPU, run on `conv3x3`. Attention is self-attention with one head, whoever wrote
-    it: under the same conditions, and in evaluation mode, its four projections are folded into two. Outputs and
-    gradients stay the same to rounding; parameters, state dict, hooks, `named_modules` and every object's identity stay
-    as they are. What cannot be proved safe is left alone: `acceleration_report(model)` names it. On a device or for a
-    dtype without a kernel of ours a model runs as before.
+    it: under the same conditions, and in evaluation mode, its four projections are folded into two; and the linear
+    attention of the annotated article and of lucidrains' packages, known by what its forward says, which runs on
+    `linear_attention`. Outputs and gradients stay the same to rounding; parameters, state dict, hooks, `named_modules`
+    and every object's identity stay as they are. What cannot be proved safe is left alone:
+    `acceleration_report(model)` names it. On a device or for a dtype without a kernel of ours a model runs as before.
 
     Applied again, it looks at the model again; `restore` undoes it.
 

@@ -1,4 +1,4 @@
-"""The attention modules of a model; those with one head get a forward with folded projections."""
+"""The attention modules of a model: linear ones get the fused op, those with one head folded projections."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from ..nn.blocks import SelfAttention
 from ..nn.folded import folding_is_safe
 from .fused import hooked
+from .linear_attention import FusedLinearAttention, accelerate_linear_attention, is_called_linear
+from .linear_attention import note as linear_note
 from .one_head import OneHead, find_one_head
 from .patch import Accelerated, mark, marked, original_class, subclass, swap
 
@@ -51,7 +53,9 @@ class FoldedAttention(Accelerated, nn.Module):
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether a module is called attention, has parameters, and holds no other such module."""
+    """Whether a module is called attention, has parameters, and holds no other such module; or was found to be one."""
+    if isinstance(module, FusedLinearAttention):
+        return True
     return _is_called_attention(module) and not any(
         _is_called_attention(inner) for inner in module.modules() if inner is not module
     )
@@ -63,9 +67,13 @@ def _is_called_attention(module: nn.Module) -> bool:
 
 
 def accelerate_attentions(model: nn.Module) -> None:
-    """Folds the projections of attention with one head, and leaves a note on the other attention modules."""
+    """Accelerates linear attention and attention with one head, and leaves a note on the other attention modules."""
     for module in model.modules():
-        if not is_attention(module) or isinstance(module, SelfAttention):
+        why_not_linear = accelerate_linear_attention(module)
+        if why_not_linear is None or not is_attention(module) or isinstance(module, SelfAttention):
+            continue
+        if is_called_linear(module):
+            mark(module, "note", why_not_linear)
             continue
         found = find_one_head(module)
         if isinstance(found, OneHead):
@@ -79,11 +87,13 @@ def accelerate_attentions(model: nn.Module) -> None:
 
 
 def attention_note(module: nn.Module, untouched: str) -> tuple[bool, str]:
-    """Whether an attention module has its projections folded; how, or why not."""
+    """Whether an attention module is accelerated; how, or why not."""
     if isinstance(module, SelfAttention):
         if module.num_heads > 1:
             return False, f"{module.num_heads} heads"
         return module.folds, _FOLDED if module.folds else "its folds is False"
     if isinstance(module, FoldedAttention):
         return True, _FOLDED
+    if isinstance(module, FusedLinearAttention):
+        return True, linear_note(module)
     return False, marked(module, "note", untouched)

@@ -24,7 +24,7 @@ class AccelerationReport:
         patterns: for each name in `fused`, what runs in one pass with it.
         convs_fused: the names of the convolutions that run on the fused op, and how where the image is large enough.
         convs_skipped: the names of the others, and why.
-        attentions_fused: the names of the attention modules whose projections are folded, and how.
+        attentions_fused: the names of the attention modules that are folded, or run on the fused op, and how.
         attentions_skipped: the names of the others, and why.
     """
 

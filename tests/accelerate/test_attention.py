@@ -468,7 +468,7 @@ class StoringProcessor(AttnProcessor2_0):
         return super().__call__(attn, x, **kwargs)
 
 
-class LinearAttention(nn.Module):
+class EfficientAttention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.to_qkv, self.to_out = nn.Conv2d(16, 48, 1, bias=False), nn.Conv2d(16, 16, 1)
@@ -514,7 +514,7 @@ REASONS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "weight_norm": (parametrized, "it holds GroupNorm, ParametrizedConv2d"),
     "processor": (lambda: diffusers_attention(processor=StoringProcessor()), "processor is a StoringProcessor"),
     "subclass": (lambda: ScaledAttention(16, heads=1, dim_head=16), "processor is a AttnProcessor2_0"),
-    "linear": (LinearAttention, "does not compute self-attention"),
+    "linear": (EfficientAttention, "does not compute self-attention"),
     "layer norm": (LayerNormAttention, "does not compute self-attention"),
     "causal": (CausalAttention, "does not compute self-attention"),
     "windows": (lambda: WindowedAttention(16), "WindowedAttention.forward has 'super"),
