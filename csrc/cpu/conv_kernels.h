@@ -1,13 +1,6 @@
 namespace ddpm_fast {
 namespace DDPM_FAST_ISA {
 
-// The loops over registers have to be unrolled whole, or the registers become memory; arrays are memory anyway.
-#if defined(DDPM_FAST_ISA_AVX512) || defined(DDPM_FAST_ISA_AVX2)
-#define DDPM_FAST_UNROLL _Pragma("GCC unroll 16")
-#else
-#define DDPM_FAST_UNROLL _Pragma("GCC unroll 1")
-#endif
-
 // The matrix kernel's tile: kRows pixels' tiles by kVectors vectors of output channels, all of it in registers.
 #if defined(DDPM_FAST_ISA_AVX512)
 constexpr int kRows = 14, kVectors = 2;
@@ -289,8 +282,6 @@ static void transform_output(const Conv& conv, int64_t first, int64_t tiles, con
     }
   }
 }
-
-#undef DDPM_FAST_UNROLL
 
 }  // namespace DDPM_FAST_ISA
 }  // namespace ddpm_fast

@@ -1,13 +1,6 @@
 namespace ddpm_fast {
 namespace DDPM_FAST_ISA {
 
-// The loops over registers have to be unrolled whole, or the registers become memory; arrays are memory anyway.
-#if defined(DDPM_FAST_ISA_AVX512) || defined(DDPM_FAST_ISA_AVX2)
-#define DDPM_FAST_UNROLL _Pragma("GCC unroll 16")
-#else
-#define DDPM_FAST_UNROLL _Pragma("GCC unroll 1")
-#endif
-
 // The products' tiles, all of it in registers. They change no bit: every sum runs over the same terms in one order.
 #if defined(DDPM_FAST_ISA_AVX512)
 constexpr int kTileRows = 8, kTileVectors = 2;
@@ -274,8 +267,6 @@ static void attention_apply(const LinearAttention& op, const float* query, const
     }
   }
 }
-
-#undef DDPM_FAST_UNROLL
 
 }  // namespace DDPM_FAST_ISA
 }  // namespace ddpm_fast

@@ -9,6 +9,14 @@ namespace DDPM_FAST_ISA {
 constexpr int kLanes = 16;
 #define DDPM_FAST_INLINE static inline __attribute__((always_inline))
 
+// Before loops over registers, which have to be unrolled whole, or the registers become memory; arrays are memory
+// anyway.
+#if defined(DDPM_FAST_ISA_AVX512) || defined(DDPM_FAST_ISA_AVX2)
+#define DDPM_FAST_UNROLL _Pragma("GCC unroll 16")
+#else
+#define DDPM_FAST_UNROLL _Pragma("GCC unroll 1")
+#endif
+
 #if defined(DDPM_FAST_ISA_AVX512)
 
 struct F { __m512 v; };
