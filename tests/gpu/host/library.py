@@ -35,9 +35,8 @@ _FLAGS = ("-O1", "-g", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-omit-f
 _QUIET = ("-Wno-unknown-pragmas", "-Wno-maybe-uninitialized")
 
 
-def _compile(source: Path, out: Path, sanitizer: str, includes: Sequence[Path]) -> Path:
+def _compile(source: Path, out: Path, options: Sequence[str], includes: Sequence[Path]) -> Path:
     """nvcc hands C++ on to g++, and knows where its own headers are."""
-    options, _ = SANITIZERS[sanitizer]
     host = ",".join([*_FLAGS, *_QUIET, *options, "-fno-sanitize-recover=all"])
     cuda_library.run(
         [*nvcc.nvcc(), "-std=c++20", f"-Xcompiler={host}", *(f"-I{path}" for path in includes)]
@@ -62,15 +61,15 @@ def build(device_sources: Path, host_sources: Sequence[Path], sanitizer: str) ->
         # The same name as in csrc, for the sources' own #include; behind it the rest of csrc.
         translated = translate_folder(device_sources, scratch / "translated" / "cuda")
         includes = [FOLDER / "include", FOLDER, scratch / "translated", CSRC / "include", CSRC]
+        options, _ = SANITIZERS[sanitizer]
         jobs = [
-            pool.submit(_compile, path, scratch / f"{path.name}.o", sanitizer, includes)
+            pool.submit(_compile, path, scratch / f"{path.name}.o", () if path.name == "run.cpp" else options, includes)
             for path in (*translated, FOLDER / "run.cpp")
         ]
         host_jobs = [pool.submit(cuda_library.compile_host, path, scratch) for path in host_sources]
         host_jobs.append(pool.submit(cuda_library.compile_runtime, scratch))
         objects = [job.result() for job in jobs] + [path for job in host_jobs for path in job.result()]
         torch_libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
-        options, _ = SANITIZERS[sanitizer]
         cuda_library.run(
             [*cuda_library.CXX, *options, "-shared", *objects, *torch_libraries, "-ldl", "-o"]
             + [scratch / "library.so"]

@@ -1,11 +1,10 @@
-// Runs a kernel in threads of the operating system: those of a cluster's blocks together, and two clusters side by side,
-// with nothing that orders one after the other. Barriers are real ones, so that a sanitizer sees what orders accesses.
+// Runs a kernel in fibers, one a thread of CUDA: those of a cluster's blocks together, and two clusters side by side,
+// with nothing that orders one after the other. They take turns on one thread of the operating system, and are told to
+// the sanitizers: to ThreadSanitizer each is a thread that only barriers order. This file itself is not instrumented.
 #include <dlfcn.h>
+#include <ucontext.h>
 
-#include <barrier>
 #include <memory>
-#include <optional>
-#include <thread>
 #include <vector>
 
 #include "shim.h"
@@ -15,6 +14,18 @@ extern "C" void __cudaRegisterFunction(void**, const char* function, char*, cons
 
 thread_local uint3 threadIdx, blockIdx;
 thread_local dim3 blockDim, gridDim;
+
+// What sanitizers offer for fibers; the program has those of the one that it was built with.
+extern "C" {
+void __sanitizer_start_switch_fiber(void** leaving, const void* bottom, size_t size) __attribute__((weak));
+void __sanitizer_finish_switch_fiber(void* back, const void** bottom, size_t* size) __attribute__((weak));
+void* __tsan_create_fiber(unsigned flags) __attribute__((weak));
+void __tsan_destroy_fiber(void* fiber) __attribute__((weak));
+void* __tsan_get_current_fiber() __attribute__((weak));
+void __tsan_switch_to_fiber(void* fiber, unsigned flags) __attribute__((weak));
+void __tsan_acquire(void* at) __attribute__((weak));
+void __tsan_release(void* at) __attribute__((weak));
+}
 
 namespace host {
 
@@ -38,14 +49,36 @@ Memory allocate(size_t bytes) {
   return memory;
 }
 
+struct Fiber;
+void yield();
+
+class Barrier {
+ public:
+  explicit Barrier(unsigned threads) : threads_(threads) {}
+  unsigned arrive() {
+    if (__tsan_release) __tsan_release(this);
+    const unsigned round = round_;
+    if (++arrived_ == threads_) arrived_ = 0, ++round_;
+    return round;
+  }
+  void wait(unsigned round) {
+    while (round_ == round) yield();
+    if (__tsan_acquire) __tsan_acquire(this);
+  }
+  void sync() { wait(arrive()); }
+
+ private:
+  unsigned threads_, arrived_ = 0, round_ = 0;
+};
+
 struct Warp {
-  std::barrier<> barrier{kWarp};
+  Barrier barrier{kWarp};
   uint64_t given[kWarp] = {};
 };
 
 struct Block {
   explicit Block(unsigned threads) : barrier(threads), warps(threads / kWarp) {}
-  std::barrier<> barrier;
+  Barrier barrier;
   std::vector<Warp> warps;
   Memory dynamic;
   std::vector<Memory> fixed;
@@ -61,37 +94,93 @@ struct Cluster {
   Cluster(unsigned blocks_, unsigned threads) : barrier(blocks_ * threads) {
     for (unsigned i = 0; i < blocks_; ++i) blocks.push_back(std::make_unique<Block>(threads));
   }
-  std::barrier<> barrier;
+  Barrier barrier;
   std::vector<std::unique_ptr<Block>> blocks;
 };
 
-thread_local Cluster* cluster;
-thread_local Block* block;
-thread_local std::optional<std::barrier<>::arrival_token> arrival;
-
-Warp& warp() { return block->warps[threadIdx.x / kWarp]; }
-
-struct Shape {
-  dim3 grid, block;
-  unsigned blocks;  // of a cluster
-  size_t shared;
+struct Fiber {
+  ucontext_t context;
+  Memory stack;
+  void* tsan;
+  void* asan = nullptr;  // what it keeps of a fiber that is not running
+  uint3 thread, block_index;
+  Cluster* cluster;
+  Block* block;
+  std::function<void()> body;
+  unsigned arrival = 0;
+  bool done = false;
 };
 
+std::vector<std::unique_ptr<Fiber>> fibers;
+Fiber* running;
+// Of the launching thread, which is no fiber.
+Fiber launching;
+size_t left;  // fibers that have not ended
+
+void switch_to(Fiber& next) {
+  Fiber& last = *running;
+  last.thread = threadIdx, last.block_index = blockIdx;
+  threadIdx = next.thread, blockIdx = next.block_index;
+  running = &next;
+  constexpr unsigned kUnordered = 1;
+  if (__tsan_switch_to_fiber) __tsan_switch_to_fiber(next.tsan, kUnordered);
+  if (__sanitizer_start_switch_fiber)
+    __sanitizer_start_switch_fiber(last.done ? nullptr : &last.asan, next.context.uc_stack.ss_sp,
+                                   next.context.uc_stack.ss_size);
+  swapcontext(&last.context, &next.context);
+  if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(last.asan, nullptr, nullptr);
+}
+
+// To the next fiber that has work left.
+void yield() {
+  static size_t turn = 0;
+  do turn = (turn + 1) % fibers.size();
+  while (fibers[turn]->done);
+  if (fibers[turn].get() != running) switch_to(*fibers[turn]);
+}
+
+void start() {
+  stack_t came_from{};
+  if (__sanitizer_finish_switch_fiber)
+    __sanitizer_finish_switch_fiber(nullptr, const_cast<const void**>(&came_from.ss_sp), &came_from.ss_size);
+  // The first fiber comes from the launching thread, whose stack nobody else knows.
+  if (launching.context.uc_stack.ss_sp == nullptr) launching.context.uc_stack = came_from;
+  if (__tsan_acquire) __tsan_acquire(&launching);
+  running->body();
+  if (__tsan_release) __tsan_release(&launching);
+  running->done = true;
+  if (--left == 0) switch_to(launching);
+  yield();
+}
+
+Warp& warp() { return running->block->warps[threadIdx.x / kWarp]; }
+
 // One thread of a cluster, for every kClustersAtOnce-th cluster of the grid.
-void run_thread(const Shape& shape, Cluster& own, unsigned first, unsigned rank, unsigned thread) {
-  const unsigned across = shape.grid.x / shape.blocks, clusters = across * shape.grid.y * shape.grid.z;
-  cluster = &own;
-  block = own.blocks[rank].get();
+void run_thread(size_t shared, unsigned first, unsigned rank) {
+  Cluster& own = *running->cluster;
+  const auto blocks = static_cast<unsigned>(own.blocks.size());
+  const unsigned across = gridDim.x / blocks, clusters = across * gridDim.y * gridDim.z;
   for (unsigned i = first; i < clusters; i += kClustersAtOnce) {
-    if (thread == 0) block->renew(shape.shared);
-    own.barrier.arrive_and_wait();
-    threadIdx = {thread, 0, 0};
-    blockIdx = {i % across * shape.blocks + rank, i / across % shape.grid.y, i / across / shape.grid.y};
-    blockDim = shape.block;
-    gridDim = shape.grid;
+    if (threadIdx.x == 0) running->block->renew(shared);
+    blockIdx = {i % across * blocks + rank, i / across % gridDim.y, i / across / gridDim.y};
+    own.barrier.sync();
     pending();
-    own.barrier.arrive_and_wait();
+    own.barrier.sync();
   }
+}
+
+void add_fiber(Cluster& cluster, Block& block, unsigned thread, std::function<void()> body) {
+  constexpr size_t kStack = 256 * 1024;
+  auto fiber = std::make_unique<Fiber>();
+  fiber->stack = Memory(new unsigned char[kStack]);
+  getcontext(&fiber->context);
+  fiber->context.uc_stack.ss_sp = fiber->stack.get();
+  fiber->context.uc_stack.ss_size = kStack;
+  makecontext(&fiber->context, start, 0);
+  fiber->thread = {thread, 0, 0};
+  fiber->cluster = &cluster, fiber->block = &block, fiber->body = std::move(body);
+  if (__tsan_create_fiber) fiber->tsan = __tsan_create_fiber(0);
+  fibers.push_back(std::move(fiber));
 }
 
 }  // namespace
@@ -100,25 +189,22 @@ int reserve_shared(size_t bytes) {
   fixed_sizes().push_back(bytes);
   return static_cast<int>(fixed_sizes().size()) - 1;
 }
-void* dynamic_shared() { return block->dynamic.get(); }
-void* fixed_shared(int variable) { return block->fixed[variable].get(); }
+void* dynamic_shared() { return running->block->dynamic.get(); }
+void* fixed_shared(int variable) { return running->block->fixed[variable].get(); }
 void* in_block(void* here, int rank) {
   const auto at = static_cast<unsigned char*>(here);
-  const Block& other = *cluster->blocks[rank];
-  for (size_t i = 0; i < block->fixed.size(); ++i) {
-    const ptrdiff_t offset = at - block->fixed[i].get();
+  const Block &own = *running->block, &other = *running->cluster->blocks[rank];
+  for (size_t i = 0; i < own.fixed.size(); ++i) {
+    const ptrdiff_t offset = at - own.fixed[i].get();
     if (offset >= 0 && offset < static_cast<ptrdiff_t>(fixed_sizes()[i])) return other.fixed[i].get() + offset;
   }
-  return other.dynamic.get() + (at - block->dynamic.get());
+  return other.dynamic.get() + (at - own.dynamic.get());
 }
 
-void sync_block() { block->barrier.arrive_and_wait(); }
-void sync_warp() { warp().barrier.arrive_and_wait(); }
-void cluster_arrive() { arrival = cluster->barrier.arrive(); }
-void cluster_wait() {
-  cluster->barrier.wait(std::move(*arrival));
-  arrival.reset();
-}
+void sync_block() { running->block->barrier.sync(); }
+void sync_warp() { warp().barrier.sync(); }
+void cluster_arrive() { running->arrival = running->cluster->barrier.arrive(); }
+void cluster_wait() { running->cluster->barrier.wait(running->arrival); }
 uint64_t exchange(uint64_t given, int from) {
   warp().given[lane()] = given;
   sync_warp();
@@ -144,14 +230,23 @@ cudaError_t launch(const cudaLaunchConfig_t* config, const void* kernel, std::fu
 
 // The launch that the runtime's callback was given.
 extern "C" void host_run(const unsigned* grid, const unsigned* block, const unsigned* cluster, uint64_t shared) {
-  const host::Shape shape{{grid[0], grid[1], grid[2]}, {block[0], 1, 1}, cluster[0], shared};
-  std::vector<std::unique_ptr<host::Cluster>> clusters;
-  std::vector<std::thread> threads;
-  for (unsigned first = 0; first < host::kClustersAtOnce; ++first) {
-    clusters.push_back(std::make_unique<host::Cluster>(shape.blocks, block[0]));
-    for (unsigned rank = 0; rank < shape.blocks; ++rank)
+  using namespace host;
+  blockDim = {block[0], 1, 1};
+  gridDim = {grid[0], grid[1], grid[2]};
+  std::vector<std::unique_ptr<Cluster>> clusters;
+  for (unsigned first = 0; first < kClustersAtOnce; ++first) {
+    clusters.push_back(std::make_unique<Cluster>(cluster[0], block[0]));
+    for (unsigned rank = 0; rank < cluster[0]; ++rank)
       for (unsigned thread = 0; thread < block[0]; ++thread)
-        threads.emplace_back(host::run_thread, std::cref(shape), std::ref(*clusters.back()), first, rank, thread);
+        add_fiber(*clusters.back(), *clusters.back()->blocks[rank], thread, [=] { run_thread(shared, first, rank); });
   }
-  for (std::thread& thread : threads) thread.join();
+  if (__tsan_release) __tsan_release(&launching);
+  if (__tsan_get_current_fiber) launching.tsan = __tsan_get_current_fiber();
+  running = &launching;
+  left = fibers.size();
+  switch_to(*fibers.front());
+  if (__tsan_acquire) __tsan_acquire(&launching);
+  if (__tsan_destroy_fiber)
+    for (const auto& fiber : fibers) __tsan_destroy_fiber(fiber->tsan);
+  fibers.clear();
 }
