@@ -108,9 +108,14 @@ class HostLibrary(cuda_library.CudaLibrary):
         self._library = ctypes.CDLL(str(path))
         self._callback = None
 
-    def run(self, launch: FakeLaunch) -> None:
+    def run(self, launch: FakeLaunch) -> int:
         """Runs the kernel that the host code has just launched."""
         self._library.host_run(launch.grid, launch.block, launch.cluster, ctypes.c_uint64(launch.shared))
+        return 0
+
+    def launch_bug(self, bug: int, out: torch.Tensor) -> None:
+        """Launches one of bugs/bugs.cu, in its library."""
+        self._library.launch(bug, ctypes.c_void_p(out.data_ptr()))
 
 
 @cache

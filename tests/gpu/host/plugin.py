@@ -24,8 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
         simulation.note(
             launched.kernel.decode(), launched.grid, launched.block[0], launched.shared, launched.cluster, ({}, None)
         )
-        library.run(launched)
-        return 0
+        return library.run(launched)
 
     cuda_library.library = lambda: library
     simulate._Simulation.launch_cuda = launch  # type: ignore[method-assign]
