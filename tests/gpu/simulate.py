@@ -128,9 +128,7 @@ class _Simulation(TorchDispatchMode):
             raise error
         return result
 
-    def note(
-        self, kernel: str, grid: Iterable[int], block: int, shared: int, cluster: Iterable[int], run: Any
-    ) -> None:
+    def note(self, kernel: str, grid: Iterable[int], block: int, shared: int, cluster: Iterable[int], run: Any) -> None:
         stats, trace = run
         self.launches.append(Launch(kernel, tuple(grid), block, shared, tuple(cluster), stats, trace))
 
