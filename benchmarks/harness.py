@@ -135,9 +135,8 @@ def measure(
             benchmark(case.ours)
             return
         others = {**case.peers, **case.floors}
-        seconds = {
-            name: _seconds_a_call(run, budget.seconds / 50, clock) for name, run in {OURS: case.ours, **others}.items()
-        }
+        everyone = {OURS: case.ours, **others}
+        seconds = {name: _seconds_a_call(run, budget.seconds / 50, clock) for name, run in everyone.items()}
         calls = {name: 1 if before else max(1, math.ceil(budget.round_seconds / s)) for name, s in seconds.items()}
         whole_round = sum(calls[name] * seconds[name] for name in calls)
         rounds = min(budget.most, max(budget.least, int(budget.seconds / whole_round)))
@@ -161,7 +160,7 @@ def measure(
                 case.ours,
                 rounds=rounds,
                 iterations=calls[OURS],
-                setup=before_ours if before else None,
+                setup=before_ours if before else None,  # which pytest-benchmark refuses beside several calls
                 teardown=others_turn,
             )
     ours = list(benchmark.stats.stats.data)

@@ -39,8 +39,10 @@ def _compile(source: Path, out: Path, options: Sequence[str], includes: Sequence
     """nvcc hands C++ on to g++, and knows where its own headers are."""
     host = ",".join([*_FLAGS, *_QUIET, *options, "-fno-sanitize-recover=all"])
     cuda_library.run(
-        [*nvcc.nvcc(), "-std=c++20", f"-Xcompiler={host}", *(f"-I{path}" for path in includes)]
-        + ["-include", FOLDER / "shim.h", "-c", source, "-o", out]
+        [
+            *(*nvcc.nvcc(), "-std=c++20", f"-Xcompiler={host}", *(f"-I{path}" for path in includes)),
+            *("-include", FOLDER / "shim.h", "-c", source, "-o", out),
+        ]
     )
     return out
 
@@ -71,8 +73,10 @@ def build(device_sources: Path, host_sources: Sequence[Path], sanitizer: str) ->
         objects = [job.result() for job in jobs] + [path for job in host_jobs for path in job.result()]
         torch_libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
         cuda_library.run(
-            [*cuda_library.CXX, *options, "-shared", *objects, *torch_libraries, "-ldl", "-o"]
-            + [scratch / "library.so"]
+            [
+                *(*cuda_library.CXX, *options, "-shared", *objects, *torch_libraries, "-ldl"),
+                *("-o", scratch / "library.so"),
+            ]
         )
         os.replace(scratch / "library.so", library)
     return library

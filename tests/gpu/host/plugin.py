@@ -1,7 +1,7 @@
 """A pytest plugin, for `-p`: the tests of the CUDA backend run its kernels on the host instead of from their PTX.
 
-Everything else is as in `tests.gpu.simulate`: host code, operators, NaNs in new memory. Tests that look into the PTX, or
-at what the simulator counts, cannot run with it.
+Everything else is as in `tests.gpu.simulate`: host code, operators, NaNs in new memory. Tests that look into the PTX,
+or at what the simulator counts, cannot run with it.
 """
 
 from __future__ import annotations

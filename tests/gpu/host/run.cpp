@@ -216,8 +216,9 @@ uint64_t exchange(uint64_t given, int from) {
 const void* known(const void* kernel) {
   Dl_info found{};
   dladdr(kernel, &found);
-  __cudaRegisterFunction(nullptr, static_cast<const char*>(kernel), nullptr, found.dli_sname, 0, nullptr, nullptr,
-                         nullptr, nullptr, nullptr);
+  const char* const name = found.dli_sname ? found.dli_sname : "a static kernel";
+  __cudaRegisterFunction(nullptr, static_cast<const char*>(kernel), nullptr, name, 0, nullptr, nullptr, nullptr,
+                         nullptr, nullptr);
   return kernel;
 }
 
