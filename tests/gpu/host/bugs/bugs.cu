@@ -17,9 +17,9 @@ __global__ void beyond_the_end(float* out) { out[threadIdx.x + 1] = 1.0f; }
 
 __global__ void beyond_shared(float* out) {
   __shared__ float values[32];
-  values[threadIdx.x] = 1.0f;
-  __syncthreads();
-  out[threadIdx.x] = values[threadIdx.x];
+  float* const own = values + threadIdx.x;
+  *own = 1.0f;
+  out[threadIdx.x] = *own;
 }
 
 __global__ void misaligned(float* out) {
