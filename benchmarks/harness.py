@@ -128,7 +128,7 @@ def measure(
     with torch.set_grad_enabled(case.grad):
         try:
             row["error"] = float(case.check())
-        except AssertionError as failure:
+        except Exception as failure:
             row["failure"] = str(failure).split("\n", 1)[0] or "the check failed"
             raise
         if not benchmark.enabled:

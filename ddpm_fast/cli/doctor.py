@@ -22,6 +22,7 @@ from ddpm_fast.ops import (
     bound_terms,
     denoise,
     group_norm_silu,
+    linear_attention,
     q_sample,
     randn,
     rms_norm_silu,
@@ -221,6 +222,14 @@ def _quantile(device: torch.device) -> float:
     return _largest(abs_quantile(x, 0.95), torch.quantile(x.double().flatten(1).abs(), 0.95, dim=1))
 
 
+def _linear_attention(device: torch.device) -> float:
+    qkv = _noise(7, device)
+    q, k, v = qkv.double().flatten(2).chunk(3, dim=1)
+    context = k.softmax(dim=2) @ v.mT
+    exact = context.mT @ (q.softmax(dim=1) * q.shape[1] ** -0.5)
+    return _largest(linear_attention(qkv, 1), exact.unflatten(2, qkv.shape[2:]))
+
+
 def _norm_inputs(dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     rows = randn((_SHAPE[0], 3 * _SHAPE[1]), seed=2, device=device).to(dtype)
     weight, bias = randn((2, _SHAPE[1]), seed=3, device=device).to(dtype)
@@ -295,6 +304,7 @@ _TESTS: dict[str, tuple[_Test, float]] = {
     "norm_act channels_last": (_values(_norm, _norm_exact, torch.channels_last), 5e-6),
     "norm_act backward": (_gradients(_norm, _norm_exact), 2e-5),
     "abs_quantile": (_quantile, 2e-6),
+    "linear_attention": (_linear_attention, 2e-6),
     "rms_norm_act": (_values(_rms_norm, _rms_norm_exact), 5e-6),
     "rms_norm_act backward": (_gradients(_rms_norm, _rms_norm_exact), 2e-5),
 }

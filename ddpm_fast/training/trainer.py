@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .._memory import kept_memory
 from ..nn import UNet
 from ..ops import randn
 from ..schedule import NoiseSchedule
@@ -124,7 +125,7 @@ def train(
     rows = _rows_until(folder / LOG_FILE, run.step, cut=writes)
 
     bar = tqdm(total=config.steps, initial=run.step, disable=not progress or not writes, unit="step")
-    with bar, open(folder / LOG_FILE if writes else os.devnull, "a") as log:
+    with bar, open(folder / LOG_FILE if writes else os.devnull, "a") as log, kept_memory():
         while run.step < config.steps:
             closed = False
             try:
