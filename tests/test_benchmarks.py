@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 
 from benchmarks import report
-from benchmarks.harness import Case, FloorTarget, Target, summary
+from benchmarks.harness import QUICK, Case, FloorTarget, Moment, Target, measure, summary
 
 pytest_plugins = ["pytester"]
 
@@ -135,3 +137,55 @@ def test_results_are_written_between_the_markers(pytester: pytest.Pytester, monk
 )
 def test_durations_have_three_digits(seconds: float, text: str) -> None:
     assert report.duration(seconds) == text
+
+
+def test_without_a_gpu_nothing_is_measured_on_one(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    result = run(pytester, "True", "--device", "cuda", "-rs")
+    result.assert_outcomes(skipped=1)
+    result.stdout.fnmatch_lines(["*--device cuda: torch finds no GPU"])
+
+
+def test_on_a_gpu_events_time_single_calls_after_a_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a GPU of our own, whose time is what it has been given to do: a flush takes 100 s, a call one or three."""
+    given: list[str] = []
+    seconds = {"flush": 100.0, "ours": 1.0, "peer": 3.0}
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = len(given)
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, later: Event) -> float:
+            return 1e3 * sum(seconds[work] for work in given[self.at : later.at])
+
+    monkeypatch.setattr("torch.cuda.Event", Event)
+
+    class Fixture:
+        """What is used of pytest-benchmark's: rounds of a set-up, a timed call and a teardown."""
+
+        enabled = True
+        stats = SimpleNamespace(stats=SimpleNamespace(data=[]))
+        extra_info: ClassVar[dict[str, object]] = {}
+
+        def pedantic(self, run: Any, rounds: int, iterations: int, setup: Any, teardown: Any) -> None:
+            for _ in range(rounds):
+                assert setup() is None
+                start = Moment()
+                for _ in range(iterations):
+                    run()
+                self.stats.stats.data.append(Moment() - start)
+                teardown()
+
+    row: dict[str, object] = {}
+    one = case(
+        ours=lambda: given.append("ours"), peers={"a": lambda: given.append("peer")}, floors={}, target=Target(2.0, 4.0)
+    )
+    measure(one, Fixture(), QUICK, row, Moment, lambda: given.append("flush"))
+    assert row["ratio"] == 3.0
+    assert given[-4:] == ["flush", "ours", "flush", "peer"]
