@@ -169,6 +169,7 @@ class _Run:
         self.model.set_gradient_checkpointing(config.gradient_checkpointing)
         self.network = self.group.wrap(self.model)
         self.average = averaged_model(self.model, config.ema_decay)
+        self.model.set_conv_mode(config.conv_mode)  # the average keeps its own
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
