@@ -535,6 +535,30 @@ def test_an_error_in_one_thread_ends_the_others(
     assert sorted(contents(tmp_path / "s")) == ["manifest.json"]
 
 
+@pytest.mark.parametrize("full", ["manifest.json", "samples-00004.npy", ".samples-00004.npy.sha256", "grid.png"])
+def test_a_full_disk_loses_no_finished_shard(
+    cli: Cli, options: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str
+) -> None:
+    """/dev/full fails every write as a full disk does."""
+    options[-1] = "grid"
+    assert cli("sample", *options, "--out", tmp_path / "whole").status == 0
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    (folder := tmp_path / "s").mkdir()
+    for name in (f".{full}.tmp", f".{full}.7.tmp"):
+        (folder / name).symlink_to("/dev/full")
+    done = cli("sample", *options, "--threads", 1, "--out", folder)
+    assert (done.status, done.out) == (2, "")
+    assert f"{full}: No space left on device" in done.err
+    assert done.err.count("\n") == 1
+    for name in (f".{full}.tmp", f".{full}.7.tmp"):
+        (folder / name).unlink(missing_ok=True)
+    there = {path: path.stat().st_mtime_ns for path in finished(folder)}
+    assert len(there) == {"manifest.json": 0, "grid.png": 0}.get(full, 1)
+    assert cli("sample", *options, "--out", folder).status == 0
+    assert {path: path.stat().st_mtime_ns for path in there} == there
+    assert contents(folder) == contents(tmp_path / "whole")
+
+
 def test_the_shipped_checkpoint_is_the_default(cli: Cli, tmp_path: Path) -> None:
     assert cli("sample", "-n", 2, "--steps", 2, "--micro-batch", 2, "--format", "npy", "--out", tmp_path).status == 0
     x = samples(tmp_path)
