@@ -215,7 +215,8 @@ def workers(process: subprocess.Popen[str]) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
-def test_a_killed_worker_of_three_is_made_good_by_two(checkpoint: Path, cli: Cli, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("processes", "then"), [(3, 2), (2, 3)], ids=["three-then-two", "two-then-three"])
+def test_a_killed_worker_is_made_good(checkpoint: Path, cli: Cli, tmp_path: Path, processes: int, then: int) -> None:
     """torchrun ends the others when one is killed; the next run, of another size, finds what each has finished."""
     options = ["-n", "60", "--micro-batch", "2", "--checkpoint", str(checkpoint), "--format", "npy"]
     assert cli("sample", *options, "--threads", 1, "--out", tmp_path / "whole").status == 0
@@ -223,7 +224,7 @@ def test_a_killed_worker_of_three_is_made_good_by_two(checkpoint: Path, cli: Cli
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = ["-m", "ddpm_fast", "sample", *options, "--out", str(folder)]
     process = subprocess.Popen(
-        [*torchrun, "--nproc-per-node=3", *command],
+        [*torchrun, f"--nproc-per-node={processes}", *command],
         env=environment(),
         cwd=tmp_path,
         stdout=subprocess.DEVNULL,
@@ -240,7 +241,7 @@ def test_a_killed_worker_of_three_is_made_good_by_two(checkpoint: Path, cli: Cli
     there = {path: path.stat().st_mtime_ns for path in finished(folder)}
     assert 0 < len(there) < 30
     done = subprocess.run(
-        [*torchrun, "--nproc-per-node=2", *command],
+        [*torchrun, f"--nproc-per-node={then}", *command],
         env=environment(),
         cwd=tmp_path,
         check=True,
@@ -248,7 +249,7 @@ def test_a_killed_worker_of_three_is_made_good_by_two(checkpoint: Path, cli: Cli
         text=True,
     )
     made = [int(number) for number in re.findall(r"(\d+) shards made", done.stdout)]
-    assert len(made) == 2
+    assert len(made) == then
     assert sum(made) == 30 - len(there)
     assert {path: path.stat().st_mtime_ns for path in there} == there
     assert contents(folder) == contents(tmp_path / "whole")

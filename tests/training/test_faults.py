@@ -114,7 +114,7 @@ except OSError as error:
 
 
 def on_a_small_disk(command: list[str], disk: Path, kept: Path) -> list[str]:
-    """The command with a file system of its own, of a few checkpoints, at `disk`; what it leaves is copied to `kept`."""
+    """The command with a file system of its own, of a few checkpoints, at `disk`; what it leaves goes to `kept`."""
     script = 'disk=$0; kept=$1; shift; mount -t tmpfs -o size=4m none "$disk" && "$@" && cp -r "$disk/run" "$kept"'
     return ["unshare", "--map-root-user", "--mount", "sh", "-c", script, str(disk), str(kept), *command]
 

@@ -184,7 +184,8 @@ def test_config_round_trips_through_json() -> None:
     [
         ("dataset", "imagenet"), ("loss", "l3"), ("loss", "hybrid"), ("variance", "small"),
         ("variance", "learned_range"),
-        ("weighting", "snr"), ("timestep_sampler", "even"), ("precision", "float16"), ("conv_mode", "quick"), ("accumulate", 3),
+        ("weighting", "snr"), ("timestep_sampler", "even"), ("precision", "float16"), ("accumulate", 3),
+        ("conv_mode", "quick"),
         ("accumulate", 0), ("offset_noise", -0.1), ("prediction", "x_prev"), ("lr_decay", "step"), ("steps", 0),
         ("batch_size", 2.0), ("seed", -1), ("timesteps", True), ("learning_rate", 0.0), ("learning_rate", float("nan")),
         ("gradient_clip", -1.0), ("weight_decay", -1.0), ("ema_decay", 1.0),
