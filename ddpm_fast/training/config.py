@@ -39,7 +39,7 @@ class TrainConfig:
         precision: "float32", or "bfloat16" for convolutions and matrix products (torch.autocast); weights, norms' sums
             and losses are float32.
         conv_mode: how 3x3 convolutions in float32 on the CPU are computed, see :func:`ddpm_fast.conv3x3`. With "fast"
-            the whole gradient's error lies between those of torch's two layouts (docs/training.md). The averaged
+            the whole gradient's error is about that of torch's own convolutions (docs/training.md). The averaged
             network that a run ends with is in the default mode.
         gradient_checkpointing: keep a block's input only, and compute the block again for its gradient.
         learning_rate, weight_decay: of AdamW.

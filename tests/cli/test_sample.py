@@ -25,6 +25,7 @@ from ddpm_fast.cli.sample import share
 from ddpm_fast.evaluation import to_uint8
 from ddpm_fast.nn import UNet
 from ddpm_fast.training import load_checkpoint
+from ddpm_fast.training.files import write_atomically
 
 from .conftest import Outcome, write_checkpoint
 
@@ -113,6 +114,22 @@ def test_a_shard_without_its_record_is_made_again(cli: Cli, options: list[object
     (whole / "manifest.json").write_text(json.dumps(manifest))
     assert cli("sample", *options, "--out", whole).out == f"{whole}: 1 shards made, 2 were there already\n"
     assert contents(whole) == before
+
+
+def test_a_shard_costs_two_writes_and_the_manifest_is_written_twice(
+    cli: Cli, options: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many there are: of 50,000 samples each is written once."""
+    written: list[str] = []
+
+    def count(path: Path, *arguments: Any, **keywords: Any) -> None:
+        written.append(path.name)
+        write_atomically(path, *arguments, **keywords)
+
+    monkeypatch.setattr("ddpm_fast.cli.sample.write_atomically", count)
+    assert cli("sample", *options, "-n", 40, "--threads", 1, "--out", tmp_path / "s").status == 0
+    shards = [f"samples-{first:05}.npy" for first in range(0, 40, 4)]
+    assert sorted(written) == sorted(["manifest.json"] * 2 + shards + [f".{name}.sha256" for name in shards])
 
 
 @pytest.mark.parametrize("size", [8, 12], ids=lambda size: f"shards-of-{size}")
