@@ -127,7 +127,7 @@ def test_a_shard_costs_two_writes_and_the_manifest_is_written_twice(
         write_atomically(path, *arguments, **keywords)
 
     monkeypatch.setattr("ddpm_fast.cli.sample.write_atomically", count)
-    assert cli("sample", *options, "-n", 40, "--threads", 1, "--out", tmp_path / "s").status == 0
+    assert cli("sample", *options, "-n", 40, "--steps", 1, "--threads", 1, "--out", tmp_path / "s").status == 0
     shards = [f"samples-{first:05}.npy" for first in range(0, 40, 4)]
     assert sorted(written) == sorted(["manifest.json"] * 2 + shards + [f".{name}.sha256" for name in shards])
 
