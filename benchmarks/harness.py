@@ -97,7 +97,7 @@ def measure(case: Case, benchmark: Any, budget: Budget, row: dict[str, Any]) -> 
     with torch.set_grad_enabled(case.grad):
         try:
             row["error"] = float(case.check())
-        except AssertionError as failure:
+        except Exception as failure:
             row["failure"] = str(failure).split("\n", 1)[0] or "the check failed"
             raise
         if not benchmark.enabled:

@@ -11,6 +11,7 @@ from typing import Any, Literal, cast, overload
 import torch
 from torch import Tensor
 
+from ddpm_fast._memory import kept_memory
 from ddpm_fast.modes import MODES, Mode, TableRequest
 from ddpm_fast.sampler.arguments import (
     HISTORIES,
@@ -532,7 +533,7 @@ class Sampler:
     def _steps(self, run: Run, want_state: bool, progress: bool) -> Generator[SamplerState | None, None, None]:
         bar = _progress_bar(self.steps) if progress else None
         try:
-            with evaluating(self.model):
+            with kept_memory(), evaluating(self.model):
                 graph = None if want_state else graphed(run, self._cuda_graph)
                 for i in range(self.steps):
                     state = None

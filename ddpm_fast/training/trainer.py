@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .._memory import kept_memory
 from ..nn import UNet
 from ..ops import randn
 from ..schedule import NoiseSchedule
@@ -123,7 +124,7 @@ def train(
     rows = _rows_until(folder / LOG_FILE, run.step, cut=writes)
 
     bar = tqdm(total=config.steps, initial=run.step, disable=not progress or not writes, unit="step")
-    with bar:
+    with bar, kept_memory():
         while run.step < config.steps:
             closed = False
             try:
