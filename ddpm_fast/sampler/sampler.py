@@ -252,7 +252,7 @@ class Sampler:
 
         Raises:
             TypeError: `diffusion` is none, or an option is given for what is read from it.
-            ValueError: it predicts something that a Sampler does not know.
+            ValueError: it predicts something that a Sampler does not know, or a subclass that samples differently.
         """
         from ddpm_fast.interop import guided
 
@@ -286,7 +286,7 @@ class Sampler:
 
         Raises:
             TypeError: `ddpm` is none, or an option is given for what is read from it.
-            ValueError: it does something that a Sampler does not.
+            ValueError: it does something that a Sampler does not, or a subclass that samples differently.
         """
         from ddpm_fast.interop import latent_diffusion
 
@@ -306,7 +306,7 @@ class Sampler:
 
         The float32 betas and abar, and what the configuration says, are read from `scheduler`. Its timesteps are
         taken where `set_timesteps` was called, all of them otherwise; ``steps=n`` is `set_timesteps(n)` on a
-        copy.
+        copy, and ``timesteps=scheduler.timesteps[k:]`` makes a part of them, as image-to-image pipelines do.
 
         Args:
             scheduler: the live object.
@@ -317,7 +317,8 @@ class Sampler:
         Raises:
             ImportError: diffusers is not installed.
             TypeError: an option is given for what is read from `scheduler`.
-            ValueError: another scheduler, or a variance or timestep that a Sampler does not have.
+            ValueError: another scheduler, a subclass with a step of its own, or a variance or timestep that a
+                Sampler does not have.
         """
         from ddpm_fast.interop import diffusers
 
