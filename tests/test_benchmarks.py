@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 
+import benchmarks
+import ddpm_fast
 from benchmarks import report
 from benchmarks.harness import QUICK, Case, FloorTarget, Moment, Target, measure, summary
 
@@ -38,7 +41,11 @@ TINY = """
 
 
 def run(pytester: pytest.Pytester, condition: str, *arguments: str) -> pytest.RunResult:
-    pytester.makepyfile(test_tiny=TINY.format(condition=condition))
+    return run_source(pytester, TINY.format(condition=condition), *arguments)
+
+
+def run_source(pytester: pytest.Pytester, source: str, *arguments: str) -> pytest.RunResult:
+    pytester.makepyfile(test_tiny=source)
     options = (
         "-p",
         "no:hypothesispytest",
@@ -98,6 +105,34 @@ def test_nothing_wrong_is_given_a_ratio(pytester: pytest.Pytester) -> None:
     fields = dict(zip(report._COLUMNS, (cell.strip() for cell in line.strip("|").split("|")), strict=True))
     assert (fields["ratio"], fields["ours p50 (p20-p80)"], fields["others p50"], fields["x floor"]) == ("", "", "", "")
     assert not (pytester.path / "results.json").exists()  # nothing was timed
+
+
+def names(folder: Path, prefix: str = "") -> set[str]:
+    return {path.stem.removeprefix(prefix) for path in folder.glob(f"{prefix}[!_]*.py")}
+
+
+def test_an_op_has_one_name_everywhere() -> None:
+    package, here = Path(ddpm_fast.__file__).parent, Path(__file__).parent
+    ops = names(package / "ops")
+    assert names(package / "backends" / "reference") == ops
+    assert ops <= names(here / "ops", "test_")
+    assert ops <= names(Path(benchmarks.__file__).parent, "bench_")
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("bound", ["divergence, fixed_small", "divergence, learned_range", "divergence and gradient", "decoder"]),
+        ("target_loss", ["noise drawn again, epsilon", "noise drawn again, v", "noise given, epsilon"]),
+        ("quantile", ["quantile of magnitudes"]),
+    ],
+)
+def test_benchmarks_of_small_ops_run(pytester: pytest.Pytester, name: str, rows: list[str]) -> None:
+    """The others run for minutes: `python -m benchmarks --quick` runs all."""
+    result = run_source(pytester, f"from benchmarks.bench_{name} import *", "-k", "64x1x28x28 and not channels_last")
+    assert result.parseoutcomes()["passed"] == len(rows)
+    for row in rows:
+        result.stdout.fnmatch_lines([f"| *{row}* | 64x1x28x28 *| passed |"])
 
 
 @pytest.mark.parametrize(

@@ -293,7 +293,8 @@ def test_opcheck() -> None:
         torch.library.opcheck(BOUND_TERMS_BACKWARD[backend], arguments)
 
 
-def test_compiles_into_one_graph(backend: str) -> None:
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_into_one_graph(backend: str, compiler: str) -> None:
     case = Case((2, 3, 4, 5), "epsilon", "learned_range")
     table = bound_coefficients(SCHEDULE, "epsilon", "learned_range", torch.float32, CPU)
     x0, x_t = case.x0.float(), case.x_t.float()
@@ -302,7 +303,7 @@ def test_compiles_into_one_graph(backend: str) -> None:
         return bound_terms(x0, x_t, output, case.t, table, variance="learned_range")[0].sum() * 2
 
     grads = []
-    for function in (f, torch.compile(f, fullgraph=True)):
+    for function in (f, torch.compile(f, fullgraph=True, backend=compiler)):
         output = case.output.float().requires_grad_()
         function(output).backward()
         grads.append(output.grad)
