@@ -485,12 +485,11 @@ def doctor() -> None:
       ddpm-fast doctor
       DDPM_FAST_CPU_ISA=generic ddpm-fast doctor
     """
-    from ddpm_fast.cli.doctor import report, self_test
+    from ddpm_fast.cli.doctor import failures, report, self_test
 
     results = self_test()
     print(report(results))
-    failed = [f"{result.op} on {result.backend}" for result in results if not result.passed]
-    if failed:
+    if failed := failures(results):
         raise FailedCheck(f"the self-test failed: {', '.join(failed)}")
 
 
