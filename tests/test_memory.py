@@ -1,61 +1,62 @@
 import os
 import platform
-import resource
-from collections.abc import Iterator
+import subprocess
+import sys
 
 import pytest
-import torch
 from torch import Tensor
 
 import ddpm_fast as df
 from ddpm_fast import _memory
 
+# Page faults of filling a large tensor four times, each time a new one, before, while and after memory is kept. In a
+# process of its own: malloc's state is the process's.
+SCRIPT = """
+import resource, torch
+from ddpm_fast._memory import kept_memory
+
 LARGE = 24 << 20  # elements: above the thresholds that malloc ever moves to by itself
 
-
-def page_faults(times: int) -> int:
-    """Page faults of filling a large tensor again and again, each time a new one."""
+def page_faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(times):
+    for _ in range(4):
         torch.ones(LARGE)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-
-@pytest.fixture
-def _untuned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if platform.libc_ver()[0] != "glibc":
-        pytest.skip("this C library has no mallopt")
-    for name in list(os.environ):
-        if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES":
-            monkeypatch.delenv(name)
-    _memory._mallopt.cache_clear()
-    yield
-    _memory._mallopt.cache_clear()
+page_faults()
+print(page_faults())
+with kept_memory():
+    page_faults()
+    with kept_memory():
+        pass
+    print(page_faults())
+print(page_faults())
+"""
 
 
-@pytest.mark.usefixtures("_untuned")
+def page_faults(**variables: str) -> list[int]:
+    tuning = ("MALLOC_", "GLIBC_TUNABLES")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(tuning)}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=environment | variables, capture_output=True, text=True, check=True
+    )
+    return [int(line) for line in done.stdout.split()]
+
+
+glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this C library has no mallopt")
+
+
+@glibc
 def test_freed_memory_is_used_again() -> None:
-    page_faults(2)  # from here on malloc's own thresholds are where they stay
-    outside = page_faults(4)
-    with _memory.kept_memory():
-        page_faults(2)
-        with _memory.kept_memory():
-            pass
-        inside = page_faults(4)
-    after = page_faults(4)
-    assert inside < outside / 10, (outside, inside)
-    assert inside < after / 10, (inside, after)
+    before, inside, after = page_faults()
+    assert inside < before / 10
+    assert inside < after / 10
 
 
-@pytest.mark.usefixtures("_untuned")
-def test_what_the_environment_tunes_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
-    _memory._mallopt.cache_clear()
-    page_faults(2)
-    with _memory.kept_memory():
-        page_faults(2)
-        inside = page_faults(4)
-    assert inside > 4
+@glibc
+def test_what_the_environment_tunes_is_left_alone() -> None:
+    before, inside, _ = page_faults(MALLOC_ARENA_MAX="2")
+    assert inside > before / 2
 
 
 def test_a_run_keeps_memory_for_its_length_only() -> None:

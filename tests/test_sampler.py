@@ -12,6 +12,7 @@ from ddpm_fast.backends import available_backends, use_backend
 from ddpm_fast.ops.random import randn
 from ddpm_fast.sampler import Sampler, SamplerState
 from ddpm_fast.schedule import NoiseSchedule
+from tests.ops.common import bits_of_torchs_quantile
 
 SHAPE = (2, 3, 8, 8)
 FULL = NoiseSchedule.linear(1000)
@@ -730,6 +731,7 @@ def test_step_takes_the_pair_of_outputs():
 # ---------------------------------------------------------------------- thresholding
 
 
+@bits_of_torchs_quantile
 @pytest.mark.parametrize("threshold", [0.995, 0.5, 1.0, 1, (0.7, 1.5), (0.995, 1.0)], ids=str)
 def test_threshold_is_the_quantile_of_each_sample(threshold):
     ratio, maximum = threshold if isinstance(threshold, tuple) else (threshold, float("inf"))
