@@ -26,6 +26,6 @@ def pytest_configure(config: pytest.Config) -> None:
         )
         return library.run(launched)
 
-    cuda_library.library = lambda: library
-    simulate._Simulation.launch_cuda = launch  # type: ignore[method-assign]
-    cuda_runs.SCHEDULES = ({},)  # the operating system's
+    cuda_library.library = lambda: library  # type: ignore[assignment]
+    simulate._Simulation.launch_cuda = launch  # type: ignore[method-assign, assignment]
+    cuda_runs.SCHEDULES = ({},)  # type: ignore[attr-defined]  # the operating system's
