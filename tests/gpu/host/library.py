@@ -72,7 +72,7 @@ def build(device_sources: Path, host_sources: Sequence[Path], sanitizer: str) ->
         host_jobs.append(pool.submit(cuda_library.compile_runtime, scratch))
         objects = [job.result() for job in jobs] + [path for job in host_jobs for path in job.result()]
         torch_libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
-        linked = [*cuda_library.CXX, *options, "-shared", *objects, *torch_libraries, "-ldl"]
+        linked: list[str | Path] = [*cuda_library.CXX, *options, "-shared", *objects, *torch_libraries, "-ldl"]
         cuda_library.run([*linked, "-o", scratch / "library.so"])
         os.replace(scratch / "library.so", library)
     return library
