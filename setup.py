@@ -5,12 +5,14 @@ and with or without a GPU; it is loaded under a torch with CUDA alone.
 
 DDPM_FAST_GENERIC=1   compiles the portable path of the CPU kernels alone, the one that other architectures take.
 DDPM_FAST_NO_EXTENSION=1   installs without any extension: everything then runs on the reference and Triton backends.
-DDPM_FAST_CUDA=0   leaves the CUDA extension out; =1 makes it an error that it cannot be built.
+DDPM_FAST_CUDA=0   leaves the CUDA extension out; =1 makes it an error that it cannot be built, and takes the nvcc that
+pip installs where there is no other.
 DDPM_FAST_CUDA_ARCHS="80 90"   the architectures to compile for, instead of all that nvcc knows of the usual ones.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -71,6 +73,14 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or (shutil.which("nvcc", path=f"{home}/bin") if home else None)
 
 
+def find_pip_nvcc() -> str | None:
+    """The nvcc of the package nvidia-cuda-nvcc, which an isolated build does not see."""
+    for folder in getattr(importlib.util.find_spec("nvidia"), "submodule_search_locations", None) or ():
+        for path in sorted(Path(folder).glob("*/bin/nvcc")):
+            return str(path)
+    return None
+
+
 def cuda_architectures(nvcc: str) -> list[str]:
     """nvcc's options for the architectures asked for, or those of the usual ones that it knows."""
     asked = re.split(r"[ ,;]+", os.environ.get("DDPM_FAST_CUDA_ARCHS", "").strip())
@@ -128,8 +138,13 @@ def extensions() -> dict[str, object]:
 
     wish = os.environ.get("DDPM_FAST_CUDA", "")
     nvcc = None if wish == "0" else find_nvcc()
-    if wish == "1" and nvcc is None:
-        raise RuntimeError("DDPM_FAST_CUDA=1, and there is no nvcc on the path")
+    # An installation does not take minutes longer because something else has brought pip's nvcc along.
+    if wish == "1" and nvcc is None and (nvcc := find_pip_nvcc()) is None:
+        raise RuntimeError(
+            "DDPM_FAST_CUDA=1, and there is no nvcc on the path. Put CUDA's there, or "
+            "`pip install 'nvidia-cuda-nvcc==13.0.*' 'nvidia-cuda-crt==13.0.*' 'nvidia-cuda-runtime==13.0.*' "
+            "'nvidia-cuda-cccl==13.0.*' 'nvidia-nvvm==13.0.*'` and build with --no-build-isolation"
+        )
 
     class OptionalBuild(BuildExtension):
         """A failing compiler costs the speed, never the installation."""

@@ -1,5 +1,5 @@
 """`python -m benchmarks [options]`: everything in this folder, and one table. The options are pytest's, and --quick,
---threads and --csv.
+--threads, --device and --csv.
 """
 
 from __future__ import annotations

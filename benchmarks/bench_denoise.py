@@ -46,7 +46,7 @@ def check(x: Tensor, output: Tensor, arguments: dict[str, Any], eager: Callable[
     got = denoise(x, output, **arguments, seed=3)
     with df.use_backend("reference"):
         assert_equal(got, denoise(x, output, **arguments, seed=3), "the reference backend")
-    noise = df.randn(x.shape, seed=3, step=int(arguments["index"]))
+    noise = df.randn(x.shape, seed=3, step=int(arguments["index"]), device=x.device)
     error = largest_error(got, eager(noise))
     assert error < 2e-6, f"{error} from eager with the same noise"
     return error
@@ -66,7 +66,7 @@ def test_step(measure: Callable[[Case], None], shape: tuple[int, ...], variant: 
             SCHEDULE,
             variance="learned_range" if learned else "fixed_small",
             guidance_scale=GUIDANCE if guided else 1.0,
-        ).rows,
+        ).rows.to(x.device),
         "index": torch.tensor([SCHEDULE.timesteps - 1 - T]),
         "variance": "learned_range" if learned else "fixed",
         "clip": (-1.0, 1.0),

@@ -21,7 +21,7 @@ from benchmarks import networks
 from benchmarks.common import rms_error
 from benchmarks.eager import EagerDiffusion
 from benchmarks.harness import Case, Target
-from benchmarks.loops import diffusers_scheduler, network_alone, plain_loop
+from benchmarks.whole_loops import diffusers_scheduler, network_alone, plain_loop
 from tests.third_party.lucidrains import import_package
 
 Measure = Callable[[Case], None]
@@ -93,7 +93,7 @@ def test_network(measure: Measure, quick: bool, pytestconfig: pytest.Config, cas
 
     def check() -> float:
         x, t = torch.randn(shape), torch.arange(samples) * 30
-        exact = output(copy.deepcopy(eager).double(), x.double(), t)
+        exact = output(networks.in_float64(eager), x.double(), t)
         error = rms_error(output(ours, x, t), exact)
         allowed = rms_error(output(eager_last, x, t), exact)
         assert error <= allowed, f"rms error {error:.2e}, eager's is {allowed:.2e}"

@@ -57,7 +57,7 @@ def test_new_tensor(measure: Callable[[Case], None], shape: tuple[int, ...]) -> 
             what="normal noise",
             shape=shape,
             note="new tensor",
-            ours=lambda: df.randn(shape, seed=3),
+            ours=lambda: df.randn(shape, seed=3, device=torch.get_default_device()),
             peers={"torch.randn": lambda: torch.randn(shape)},
             check=lambda: check(torch.empty(shape)),
             target=Target(2.4, 4.0),

@@ -14,7 +14,7 @@ import ddpm_fast as df
 from benchmarks.common import assert_equal, largest_error, shape_id
 from benchmarks.eager import EagerDiffusion
 from benchmarks.harness import Case
-from benchmarks.loops import diffusers_loop, diffusers_scheduler, network_alone, plain_loop
+from benchmarks.whole_loops import diffusers_loop, diffusers_scheduler, network_alone, plain_loop
 from ddpm_fast.cli.network import SHIPPED, open_network
 from ddpm_fast.nn import UNet, UNetConfig, eager_copy
 

@@ -12,7 +12,7 @@ import ddpm_fast as df
 from benchmarks.common import shape_id
 from benchmarks.eager import EagerDiffusion
 from benchmarks.harness import Case, Target
-from benchmarks.training import PEERS, SCHEDULE, contestant, eager_network, network
+from benchmarks.training import PEERS, SCHEDULE, contestant, eager_network, our_network
 from ddpm_fast.training import diffusion_loss
 
 
@@ -24,7 +24,7 @@ def check(images: Tensor) -> float:
     """Ours and eager's loss and gradients for the same timesteps and noise; the error is the loss's."""
     t = torch.randint(0, 1000, images.shape[:1])
     noise = df.randn(images.shape, seed=3, step=7, stream="training")
-    ours, theirs = network(), eager_network("channels_last")
+    ours, theirs = our_network(), eager_network("channels_last")
     loss = diffusion_loss(ours, SCHEDULE, images, t, seed=3, step=7).mean()
     x_t, _ = EagerDiffusion(SCHEDULE).q_sample(images, t, noise)
     expected = nn.functional.mse_loss(theirs(x_t, t), noise)

@@ -16,6 +16,9 @@ from benchmarks.harness import Case
 _ROWS = pytest.StashKey[list[report.Row]]()
 _MACHINE = pytest.StashKey[dict[str, str]]()
 
+# The files that measure an op wherever its inputs are; the others measure the CPU.
+_ON_ANY_DEVICE = {f"bench_{op}" for op in ("random", "noising", "denoise", "norm_act", "rms_norm_act")}
+
 
 def _thread_counts(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
@@ -31,6 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N[,N]",
         help="numbers of threads to measure with (default: what torch uses)",
     )
+    group.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="where the ops are measured")
     group.addoption("--compiled", action="store_true", help="also measure whole networks through torch.compile")
     group.addoption("--csv", type=Path, metavar="FILE", help="also write the rows to a CSV file")
 
@@ -38,6 +42,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_ROWS] = []
     config.stash[_MACHINE] = report.machine()
+    if config.getoption("--device") == "cuda" and torch.cuda.is_available():
+        torch.set_default_device("cuda")  # before the files are imported, whose tables are made then
+        config.stash[_MACHINE]["GPU"] = torch.cuda.get_device_name()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--device") != "cuda":
+        return
+    for item in items:
+        if not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="--device cuda: torch finds no GPU"))
+        elif item.path.stem not in _ON_ANY_DEVICE:
+            item.add_marker(pytest.mark.skip(reason="--device cuda: this measures the CPU"))
+        else:
+            item.add_marker(pytest.mark.benchmark(timer=harness.Moment))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -64,10 +83,14 @@ def measure(request: pytest.FixtureRequest, benchmark: Any, threads: int, quick:
     """Checks and times a case, and adds it to the table."""
     budget = harness.QUICK if quick else harness.Budget()
     rows = request.config.stash[_ROWS]
+    on_gpu = request.config.getoption("--device") == "cuda"
 
     def run(case: Case) -> None:
         rows.append({})
-        harness.measure(case, benchmark, budget, rows[-1])
+        if on_gpu:
+            harness.measure(case, benchmark, budget, rows[-1], harness.Moment, harness.gpu_flush())
+        else:
+            harness.measure(case, benchmark, budget, rows[-1])
 
     return run
 

@@ -22,15 +22,16 @@ class EagerDiffusion:
     """The forward process and the ancestral step, with a network's output given."""
 
     def __init__(self, schedule: NoiseSchedule) -> None:
-        self.sqrt_alphas_cumprod = schedule.sqrt_alphas_cumprod.float()
-        self.sqrt_one_minus_alphas_cumprod = schedule.sqrt_one_minus_alphas_cumprod.float()
-        self.sqrt_recip_alphas_cumprod = schedule.sqrt_recip_alphas_cumprod.float()
-        self.sqrt_recipm1_alphas_cumprod = schedule.sqrt_recipm1_alphas_cumprod.float()
-        self.posterior_mean_coef1 = schedule.posterior_mean_coef1.float()
-        self.posterior_mean_coef2 = schedule.posterior_mean_coef2.float()
-        self.posterior_variance = schedule.posterior_variance.float()
-        self.posterior_log_variance_clipped = schedule.posterior_log_variance_clipped.float()
-        self.log_betas = schedule.betas.log().float()
+        device = torch.get_default_device()
+        self.sqrt_alphas_cumprod = schedule.sqrt_alphas_cumprod.to(device, torch.float32)
+        self.sqrt_one_minus_alphas_cumprod = schedule.sqrt_one_minus_alphas_cumprod.to(device, torch.float32)
+        self.sqrt_recip_alphas_cumprod = schedule.sqrt_recip_alphas_cumprod.to(device, torch.float32)
+        self.sqrt_recipm1_alphas_cumprod = schedule.sqrt_recipm1_alphas_cumprod.to(device, torch.float32)
+        self.posterior_mean_coef1 = schedule.posterior_mean_coef1.to(device, torch.float32)
+        self.posterior_mean_coef2 = schedule.posterior_mean_coef2.to(device, torch.float32)
+        self.posterior_variance = schedule.posterior_variance.to(device, torch.float32)
+        self.posterior_log_variance_clipped = schedule.posterior_log_variance_clipped.to(device, torch.float32)
+        self.log_betas = schedule.betas.log().to(device, torch.float32)
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if x0.dtype == torch.uint8:

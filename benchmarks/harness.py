@@ -17,6 +17,9 @@ import torch
 Contestant = Callable[[], object]
 """Does the work once, on inputs prepared beforehand."""
 
+Clock = Callable[[], Any]
+"""Now, as something whose difference is seconds."""
+
 OURS = "ours"
 
 
@@ -87,25 +90,54 @@ class Budget:
 QUICK = Budget(seconds=0.03, round_seconds=2e-5, least=2, most=3)
 
 
-def measure(case: Case, benchmark: Any, budget: Budget, row: dict[str, Any]) -> None:
+class Moment:
+    """A place in a GPU's stream of work. The difference of two waits for the later, and is the seconds between."""
+
+    def __init__(self) -> None:
+        self._event = torch.cuda.Event(enable_timing=True)
+        self._event.record()
+
+    def __sub__(self, earlier: Moment) -> float:
+        self._event.synchronize()
+        return float(earlier._event.elapsed_time(self._event)) / 1e3
+
+
+def gpu_flush() -> Contestant:
+    """Fills a GPU's cache with something else; larger than that of any, and long enough for the host to run ahead."""
+    other = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+    return other.zero_
+
+
+def measure(
+    case: Case,
+    benchmark: Any,
+    budget: Budget,
+    row: dict[str, Any],
+    clock: Clock = time.perf_counter,
+    before: Contestant | None = None,
+) -> None:
     """Checks a case, then times it; `row` receives all that is known of it, as plain data.
 
     pytest-benchmark's fixture `benchmark` times our rounds; between two of them every other contestant has a turn, in
     an order that moves on by one each time. A check that fails ends the case: the row then holds no times.
+
+    clock: what times the other contestants; the fixture has been told of it by the mark `benchmark`.
+    before: work outside the timed part, before every turn, which then is a single call.
     """
     row.update(_described(case), threads=torch.get_num_threads())
     with torch.set_grad_enabled(case.grad):
         try:
             row["error"] = float(case.check())
-        except AssertionError as failure:
+        except Exception as failure:
             row["failure"] = str(failure).split("\n", 1)[0] or "the check failed"
             raise
         if not benchmark.enabled:
             benchmark(case.ours)
             return
         others = {**case.peers, **case.floors}
-        seconds = {name: _seconds_a_call(run, budget.seconds / 50) for name, run in {OURS: case.ours, **others}.items()}
-        calls = {name: max(1, math.ceil(budget.round_seconds / s)) for name, s in seconds.items()}
+        everyone = {OURS: case.ours, **others}
+        seconds = {name: _seconds_a_call(run, budget.seconds / 50, clock) for name, run in everyone.items()}
+        calls = {name: 1 if before else max(1, math.ceil(budget.round_seconds / s)) for name, s in seconds.items()}
         whole_round = sum(calls[name] * seconds[name] for name in calls)
         rounds = min(budget.most, max(budget.least, int(budget.seconds / whole_round)))
 
@@ -114,11 +146,23 @@ def measure(case: Case, benchmark: Any, budget: Budget, row: dict[str, Any]) -> 
 
         def others_turn() -> None:
             for name in order:
-                times[name].append(_timed(others[name], calls[name]))
+                if before is not None:
+                    before()
+                times[name].append(_timed(others[name], calls[name], clock))
             order.rotate(1)
 
+        def before_ours() -> None:  # what a set-up returns would be arguments
+            if before is not None:
+                before()
+
         with _no_collection():
-            benchmark.pedantic(case.ours, rounds=rounds, iterations=calls[OURS], teardown=others_turn)
+            benchmark.pedantic(
+                case.ours,
+                rounds=rounds,
+                iterations=calls[OURS],
+                setup=before_ours if before else None,  # which pytest-benchmark refuses beside several calls
+                teardown=others_turn,
+            )
     ours = list(benchmark.stats.stats.data)
     # The fixture makes one more call, and its teardown, for the function's result.
     times = {OURS: ours, **{name: values[: len(ours)] for name, values in times.items()}}
@@ -168,19 +212,19 @@ def _described(case: Case) -> dict[str, Any]:
     return row
 
 
-def _timed(run: Contestant, calls: int) -> float:
-    start = time.perf_counter()
+def _timed(run: Contestant, calls: int, clock: Clock) -> float:
+    start = clock()
     for _ in range(calls):
         run()
-    return (time.perf_counter() - start) / calls
+    return float(clock() - start) / calls
 
 
-def _seconds_a_call(run: Contestant, enough: float) -> float:
+def _seconds_a_call(run: Contestant, enough: float, clock: Clock) -> float:
     """Warms up and estimates: the shortest of a few calls, of fewer where they take `enough` seconds."""
     run()
     best, spent = math.inf, 0.0
     for _ in range(20):
-        best = min(best, took := _timed(run, 1))
+        best = min(best, took := _timed(run, 1, clock))
         if (spent := spent + took) > enough:
             break
     return best

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 import ddpm_fast as df
 from benchmarks.eager import EagerDiffusion, gathered
+from ddpm_fast._memory import kept_memory
 from ddpm_fast.nn import UNet, UNetConfig, eager_copy
-from ddpm_fast.training import averaged_model, diffusion_loss
+from ddpm_fast.training import TrainConfig, averaged_model, diffusion_loss
 
 # The network of the shipped checkpoint.
 CONFIG = UNetConfig(
@@ -42,6 +43,13 @@ def network(config: UNetConfig = CONFIG) -> UNet:
         for parameter in model.parameters():
             if not parameter.any():
                 nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def our_network() -> UNet:
+    """As `ddpm-fast train` sets it up."""
+    model = network()
+    model.set_conv_mode(TrainConfig().conv_mode)
     return model
 
 
@@ -102,6 +110,16 @@ def step(model: nn.Module, loss: Loss, images: Tensor) -> Callable[[], float]:
     return run
 
 
+def with_kept_memory(run: Callable[[], float]) -> Callable[[], float]:
+    """As `train` runs its steps."""
+
+    def kept() -> float:
+        with kept_memory():
+            return run()
+
+    return kept
+
+
 LOSSES = {"lucidrains": lucidrains_loss, "diffusers": diffusers_loss}
 LAYOUTS = ("contiguous", "channels_last")
 
@@ -109,7 +127,7 @@ LAYOUTS = ("contiguous", "channels_last")
 def contestant(name: str, images: Tensor) -> Callable[[], float]:
     """By name: "ours", or a trainer and a layout such as "diffusers channels_last"."""
     if name == "ours":
-        return step(network(), our_loss(), images)
+        return with_kept_memory(step(our_network(), our_loss(), images))
     trainer, layout = name.split()
     return step(eager_network(layout), LOSSES[trainer](), images)
 

@@ -2,7 +2,7 @@
 
 from ddpm_fast.accelerate import accelerate, acceleration_report, restore
 from ddpm_fast.backends import available_backends, use_backend
-from ddpm_fast.ops import conv3x3, group_norm_silu, q_sample, randn, rms_norm_silu
+from ddpm_fast.ops import conv3x3, group_norm_silu, linear_attention, q_sample, randn, rms_norm_silu
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.schedule import NoiseSchedule
 from ddpm_fast.scores import (
@@ -29,6 +29,7 @@ __all__ = [
     "diffusion_loss",
     "epsilon_from_score",
     "group_norm_silu",
+    "linear_attention",
     "log_likelihood",
     "q_sample",
     "randn",

@@ -12,6 +12,7 @@ same bits.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
@@ -116,6 +117,7 @@ def ddpm_table(
     variance: str = "fixed_small",
     guidance_scale: float = 1.0,
     log_betas: Tensor | None = None,
+    variance_floor: float | None = None,
 ) -> CoefficientTable:
     """Ancestral sampling with the posterior q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 7).
 
@@ -123,7 +125,8 @@ def ddpm_table(
     float32. The log variance of "fixed_small" is the clipped one of the posterior, that of "fixed_large" is
     log(beta) with the posterior's at the cleanest step. "learned_range" puts the first into log_min and
     log(beta) into log_max (Nichol, Dhariwal 2021, eq. 15). The last step adds no noise. `log_betas`,
-    float64 ``(T,)``, takes the place of log(beta).
+    float64 ``(T,)``, takes the place of log(beta), and `variance_floor` that of the clipped variance at the
+    cleanest step.
 
     Raises:
         TypeError: `schedule` is no NoiseSchedule.
@@ -133,6 +136,8 @@ def ddpm_table(
     _check(schedule, prediction, variance)
     x0_from_x, x0_from_output = _x0_columns(schedule, prediction)
     small = schedule.posterior_log_variance_clipped
+    if variance_floor is not None:
+        small[0] = math.log(max(float(schedule.posterior_variance[0]), variance_floor))
     log_betas = schedule.betas.log() if log_betas is None else log_betas
     mask = torch.ones_like(small)
     mask[0] = 0.0

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ddpm_fast as df
-from ddpm_fast import backends
+from ddpm_fast import backends, selftest
 
 
 def test_the_extension_is_there() -> None:
@@ -65,6 +65,32 @@ def test_the_check_of_the_noise_sees_one_wrong_bit_and_names_an_error() -> None:
     assert backends.check_noise(broken, torch.device("cpu")) == "its self-check failed: no kernel image is available"
 
 
+def test_the_check_of_the_ops_names_what_is_wrong_whatever_the_caller_has_switched_on() -> None:
+    cpu = torch.device("cpu")
+    wrong = mock.patch.object(selftest, "q_sample", lambda x0, *arguments, **options: (x0, x0))
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert backends.check_ops("cpu", cpu) is None
+        with wrong:
+            reason = backends.check_ops("cpu", cpu)
+    assert reason is not None
+    assert reason.startswith("its self-test failed: noising gave an error of ")
+
+
+def test_a_gpu_backend_with_a_wrong_op_is_not_used() -> None:
+    class OnGpu:
+        is_cpu, is_cuda, dtype, device = False, True, torch.float32, torch.device("cuda")
+
+    tensor: Any = OnGpu()
+    with (
+        mock.patch.dict(backends.missing, cuda=None, triton="none here"),
+        mock.patch.object(backends, "_checked", set()),
+        mock.patch.object(backends, "check_noise", return_value=None),
+        mock.patch.object(backends, "check_ops", return_value="its self-test failed: norm_act gave an error of 3e-01"),
+        pytest.warns(RuntimeWarning, match="does not use its backend 'cuda': its self-test failed: norm_act"),
+    ):
+        assert backends.choose(tensor) == "reference"
+
+
 def test_a_gpu_backend_that_fails_its_check_is_not_used_and_says_so_once() -> None:
     class OnGpu:
         is_cpu, is_cuda, dtype, device = False, True, torch.float32, torch.device("cuda")
@@ -75,6 +101,7 @@ def test_a_gpu_backend_that_fails_its_check_is_not_used_and_says_so_once() -> No
         mock.patch.dict(backends.missing, cuda=None, triton=None),
         mock.patch.object(backends, "_checked", set()),
         mock.patch.object(backends, "check_noise", lambda kernel, device: verdicts.get(kernel)),
+        mock.patch.object(backends, "check_ops", return_value=None),
     ):
         with pytest.warns(RuntimeWarning, match="does not use its backend 'cuda': its self-check gave wrong noise"):
             assert backends.choose(tensor) == "triton"

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 
+import benchmarks
+import ddpm_fast
 from benchmarks import report
-from benchmarks.harness import Case, FloorTarget, Target, summary
+from benchmarks.harness import QUICK, Case, FloorTarget, Moment, Target, measure, summary
 
 pytest_plugins = ["pytester"]
 
@@ -36,7 +41,11 @@ TINY = """
 
 
 def run(pytester: pytest.Pytester, condition: str, *arguments: str) -> pytest.RunResult:
-    pytester.makepyfile(test_tiny=TINY.format(condition=condition))
+    return run_source(pytester, TINY.format(condition=condition), *arguments)
+
+
+def run_source(pytester: pytest.Pytester, source: str, *arguments: str) -> pytest.RunResult:
+    pytester.makepyfile(test_tiny=source)
     options = (
         "-p",
         "no:hypothesispytest",
@@ -98,6 +107,34 @@ def test_nothing_wrong_is_given_a_ratio(pytester: pytest.Pytester) -> None:
     assert not (pytester.path / "results.json").exists()  # nothing was timed
 
 
+def names(folder: Path, prefix: str = "") -> set[str]:
+    return {path.stem.removeprefix(prefix) for path in folder.glob(f"{prefix}[!_]*.py")}
+
+
+def test_an_op_has_one_name_everywhere() -> None:
+    package, here = Path(ddpm_fast.__file__).parent, Path(__file__).parent
+    ops = names(package / "ops")
+    assert names(package / "backends" / "reference") == ops
+    assert ops <= names(here / "ops", "test_")
+    assert ops <= names(Path(benchmarks.__file__).parent, "bench_")
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("bound", ["divergence, fixed_small", "divergence, learned_range", "divergence and gradient", "decoder"]),
+        ("target_loss", ["noise drawn again, epsilon", "noise drawn again, v", "noise given, epsilon"]),
+        ("quantile", ["quantile of magnitudes"]),
+    ],
+)
+def test_benchmarks_of_small_ops_run(pytester: pytest.Pytester, name: str, rows: list[str]) -> None:
+    """The others run for minutes: `python -m benchmarks --quick` runs all."""
+    result = run_source(pytester, f"from benchmarks.bench_{name} import *", "-k", "64x1x28x28 and not channels_last")
+    assert result.parseoutcomes()["passed"] == len(rows)
+    for row in rows:
+        result.stdout.fnmatch_lines([f"| *{row}* | 64x1x28x28 *| passed |"])
+
+
 @pytest.mark.parametrize(
     ("target", "rows", "expected"),
     [
@@ -135,3 +172,55 @@ def test_results_are_written_between_the_markers(pytester: pytest.Pytester, monk
 )
 def test_durations_have_three_digits(seconds: float, text: str) -> None:
     assert report.duration(seconds) == text
+
+
+def test_without_a_gpu_nothing_is_measured_on_one(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    result = run(pytester, "True", "--device", "cuda", "-rs")
+    result.assert_outcomes(skipped=1)
+    result.stdout.fnmatch_lines(["*--device cuda: torch finds no GPU"])
+
+
+def test_on_a_gpu_events_time_single_calls_after_a_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a GPU of our own, whose time is what it has been given to do: a flush takes 100 s, a call one or three."""
+    given: list[str] = []
+    seconds = {"flush": 100.0, "ours": 1.0, "peer": 3.0}
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = len(given)
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, later: Event) -> float:
+            return 1e3 * sum(seconds[work] for work in given[self.at : later.at])
+
+    monkeypatch.setattr("torch.cuda.Event", Event)
+
+    class Fixture:
+        """What is used of pytest-benchmark's: rounds of a set-up, a timed call and a teardown."""
+
+        enabled = True
+        stats = SimpleNamespace(stats=SimpleNamespace(data=[]))
+        extra_info: ClassVar[dict[str, object]] = {}
+
+        def pedantic(self, run: Any, rounds: int, iterations: int, setup: Any, teardown: Any) -> None:
+            for _ in range(rounds):
+                assert setup() is None
+                start = Moment()
+                for _ in range(iterations):
+                    run()
+                self.stats.stats.data.append(Moment() - start)
+                teardown()
+
+    row: dict[str, object] = {}
+    one = case(
+        ours=lambda: given.append("ours"), peers={"a": lambda: given.append("peer")}, floors={}, target=Target(2.0, 4.0)
+    )
+    measure(one, Fixture(), QUICK, row, Moment, lambda: given.append("flush"))
+    assert row["ratio"] == 3.0
+    assert given[-4:] == ["flush", "ours", "flush", "peer"]

@@ -10,6 +10,7 @@ from torch import Tensor
 from ddpm_fast.modes import MODES
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.schedule import NoiseSchedule
+from ddpm_fast.solvers import COLUMNS
 from tests.originals import annotated
 from tests.originals.guided import GaussianDiffusion
 from tests.originals.latent_diffusion import DDIMSampler, LatentDiffusion, PLMSSampler
@@ -217,6 +218,14 @@ def test_modes_clip_as_their_originals(name):
     state = next(iter(Sampler(lambda x, t: output, FULL, timesteps=[999, 0], reference=name).stream(SHAPE, x_T=x)))
     clipped = state.x0.abs().max() <= 1
     assert clipped == (name not in ("latent-diffusion", "annotated"))
+
+
+@pytest.mark.parametrize("name", ["guided", "lucidrains", "latent-diffusion"])
+def test_the_variance_at_the_cleanest_step_is_clipped_as_there(name):
+    """openai puts the next step's in its place, the others 1e-20; a hook's or a bound's weight shows it."""
+    table = Sampler(Net(outputs=2), FULL, variance="learned_range", reference=name, timesteps=[600, 300, 0]).table
+    floor = FULL.respace([0, 300, 600]).posterior_variance[1] if name == "guided" else torch.tensor(1e-20).double()
+    assert table.rows[-1, COLUMNS.index("log_min")] == floor.log().float()
 
 
 @pytest.mark.parametrize(

@@ -161,21 +161,45 @@ def test_a_failing_nvcc_costs_the_cuda_backend_alone_and_says_so_once(tmp_path: 
     assert done.stderr.count("the CPU extension was not built") == 1  # of a compiler that fails, which saves the time
 
 
+def pip_packages(folder: Path, nvcc: bool) -> str:
+    """A folder for PYTHONPATH whose package nvidia hides the real one, with an nvcc that compiles nothing or none."""
+    package = folder / "packages" / "nvidia"
+    (package / "cu13" / "bin").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    if nvcc:
+        fake_nvcc(package / "cu13" / "bin")
+    return str(folder / "packages")
+
+
+NO_NVCC = {"PATH": "/nowhere", "CUDA_HOME": "/nowhere"}
+
+
 @pytest.mark.parametrize(
-    ("environment", "message"),
+    ("environment", "pip_nvcc", "message"),
     [
-        ({"DDPM_FAST_CUDA": "1"}, "nvcc failed on csrc/cuda/denoise.cu"),
-        ({"DDPM_FAST_CUDA": "1", "PATH": "/nowhere", "CUDA_HOME": "/nowhere"}, "there is no nvcc on the path"),
-        ({"DDPM_FAST_CUDA": "1", "DDPM_FAST_CUDA_ARCHS": "ampere"}, "must be numbers such as '80 90', not ['ampere']"),
+        ({}, False, "nvcc failed on csrc/cuda/denoise.cu"),
+        (NO_NVCC, True, "nvcc failed on csrc/cuda/denoise.cu"),
+        (NO_NVCC, False, "there is no nvcc on the path. Put CUDA's there, or `pip install 'nvidia-cuda-nvcc=="),
+        ({"DDPM_FAST_CUDA_ARCHS": "ampere"}, False, "must be numbers such as '80 90', not ['ampere']"),
     ],
-    ids=["failing", "missing", "architectures"],
+    ids=["failing", "failing from pip", "missing", "architectures"],
 )
 def test_where_cuda_is_asked_for_its_failure_is_an_error(
-    tmp_path: Path, environment: dict[str, str], message: str
+    tmp_path: Path, environment: dict[str, str], pip_nvcc: bool, message: str
 ) -> None:
-    done = setup(tmp_path / "build", **{"PATH": fake_nvcc(tmp_path), "CXX": "/bin/false", **environment})
+    packages = pip_packages(tmp_path, pip_nvcc)
+    given = {"PATH": fake_nvcc(tmp_path), "CXX": "/bin/false", "PYTHONPATH": packages, "DDPM_FAST_CUDA": "1"}
+    done = setup(tmp_path / "build", **{**given, **environment})
     assert done.returncode != 0
     assert message in done.stderr
+
+
+def test_nvcc_from_pip_is_taken_only_where_cuda_is_asked_for(tmp_path: Path) -> None:
+    given = {"PYTHONPATH": pip_packages(tmp_path, nvcc=True), "CXX": "/bin/false", "DDPM_FAST_CUDA": "", **NO_NVCC}
+    done = setup(tmp_path / "build", **given)
+    assert done.returncode == 0, done.stderr
+    assert "the CPU extension was not built" in done.stderr
+    assert "CUDA" not in done.stderr
 
 
 @pytest.mark.slow

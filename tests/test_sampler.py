@@ -12,6 +12,7 @@ from ddpm_fast.backends import available_backends, use_backend
 from ddpm_fast.ops.random import randn
 from ddpm_fast.sampler import Sampler, SamplerState
 from ddpm_fast.schedule import NoiseSchedule
+from tests.ops.common import bits_of_torchs_quantile
 
 SHAPE = (2, 3, 8, 8)
 FULL = NoiseSchedule.linear(1000)
@@ -435,6 +436,27 @@ def test_values_do_not_depend_on_the_layout(channels, options):
     assert torch.equal(result, sampler.sample(shape, noise=noise))
 
 
+OUTPUTS = {
+    "transposed": lambda e: e.transpose(2, 3).contiguous().transpose(2, 3),
+    "channels-last": lambda e: e.contiguous(memory_format=torch.channels_last),
+    "every-other-column": lambda e: torch.stack([e, e], dim=4).flatten(3)[..., ::2],
+    "part-of-the-channels": lambda e: torch.cat([e, e], dim=1)[:, : e.shape[1]],
+    "misaligned": lambda e: torch.cat([e.flatten()[:1], e.flatten()])[1:].view(e.shape),
+}
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 7, 5), (3, 1, 9, 4), (2, 3, 8, 8)], ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("layout", OUTPUTS)
+def test_an_output_may_lie_in_memory_as_it_likes(layout, shape):
+    def network(x, t):
+        return 0.3 * x.sin() + 0.05 * t.reshape(-1, 1, 1, 1)
+
+    schedule = NoiseSchedule.linear(5)
+    expected = Sampler(network, schedule).sample(shape)
+    result = Sampler(lambda x, t: OUTPUTS[layout](network(x, t)), schedule).sample(shape)
+    assert torch.equal(result, expected)
+
+
 def test_a_network_may_return_a_view_of_its_input():
     def transposed(x, t):
         return x.transpose(2, 3)
@@ -709,6 +731,7 @@ def test_step_takes_the_pair_of_outputs():
 # ---------------------------------------------------------------------- thresholding
 
 
+@bits_of_torchs_quantile
 @pytest.mark.parametrize("threshold", [0.995, 0.5, 1.0, 1, (0.7, 1.5), (0.995, 1.0)], ids=str)
 def test_threshold_is_the_quantile_of_each_sample(threshold):
     ratio, maximum = threshold if isinstance(threshold, tuple) else (threshold, float("inf"))

@@ -1,6 +1,7 @@
 // The terms of the variational bound, and their gradient.
 #include <torch/csrc/stable/tensor_inl.h>
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -31,9 +32,6 @@ struct Decoder {
   double nll, by_mean, by_log_variance;
 };
 
-double softplus(double x) { return x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
-double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
-
 Decoder decode(double x0, double mean, double log_variance) {
   constexpr double s = 1.5957691216057308, c = 0.044715, half_bin = 1.0 / 255, edge = 0.999;
   constexpr double largest = 27.631021115928547;  // -log(1e-12)
@@ -41,21 +39,27 @@ Decoder decode(double x0, double mean, double log_variance) {
   const double plus = inverse * (x0 - mean + half_bin), minus = inverse * (x0 - mean - half_bin);
   const double upper = s * (plus + c * plus * plus * plus), lower = s * (minus + c * minus * minus * minus);
   const bool first = x0 < -edge, last = x0 > edge;
-  double nll = 0, by_upper = 0, by_lower = 0;
+  // softplus(x) = max(x, 0) + log(1 + exp(-|x|)), and its slope, from one exponential; the logarithms are taken together.
+  const double upper_odds = std::exp(-std::abs(upper)), lower_odds = std::exp(-std::abs(lower));
+  double nll = 0, factor = 1, by_upper = 0, by_lower = 0;
   if (!last) {
-    nll += softplus(-upper);
-    by_upper -= sigmoid(-upper);
+    nll += std::max(-upper, 0.0);
+    factor *= 1 + upper_odds;
+    by_upper -= (upper > 0 ? upper_odds : 1) / (1 + upper_odds);
   }
   if (!first) {
-    nll += softplus(lower);
-    by_lower += sigmoid(lower);
+    nll += std::max(lower, 0.0);
+    factor *= 1 + lower_odds;
+    by_lower += (lower > 0 ? 1 : lower_odds) / (1 + lower_odds);
   }
   if (!first && !last) {
     const double width = s * 2 * half_bin * inverse * (1 + c * (plus * plus + plus * minus + minus * minus));
-    nll -= std::log(-std::expm1(-width));
-    by_upper -= 1 / std::expm1(width);
-    by_lower += 1 / std::expm1(width);
+    const double inside = -std::expm1(-width);
+    factor /= inside;
+    by_upper -= (1 - inside) / inside;
+    by_lower += (1 - inside) / inside;
   }
+  nll += std::log(factor);
   if (nll >= largest) return {largest, 0, 0};
   const double by_plus = by_upper * s * (1 + 3 * c * plus * plus), by_minus = by_lower * s * (1 + 3 * c * minus * minus);
   return {nll, -inverse * (by_plus + by_minus), -0.5 * (plus * by_plus + minus * by_minus)};

@@ -1,13 +1,6 @@
 namespace ddpm_fast {
 namespace DDPM_FAST_ISA {
 
-// The loops over registers have to be unrolled whole, or the registers become memory; arrays are memory anyway.
-#if defined(DDPM_FAST_ISA_AVX512) || defined(DDPM_FAST_ISA_AVX2)
-#define DDPM_FAST_UNROLL _Pragma("GCC unroll 16")
-#else
-#define DDPM_FAST_UNROLL _Pragma("GCC unroll 1")
-#endif
-
 // The matrix kernel's tile: kRows pixels' tiles by kVectors vectors of output channels, all of it in registers.
 #if defined(DDPM_FAST_ISA_AVX512)
 constexpr int kRows = 14, kVectors = 2;
@@ -17,38 +10,13 @@ constexpr int kRows = 6, kVectors = 1;
 constexpr int kRows = 4, kVectors = 1;
 #endif
 
-// Up to fifteen lanes without a detour through memory, which would cost more than the arithmetic.
-#if defined(DDPM_FAST_ISA_AVX512)
-DDPM_FAST_INLINE F load_some(const float* p, int n) {
-  return {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p)};
-}
-DDPM_FAST_INLINE void store_some(float* p, F x, int n) {
-  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), x.v);
-}
-#elif defined(DDPM_FAST_ISA_AVX2)
-DDPM_FAST_INLINE __m256i first_lanes(int n) {
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-}
-DDPM_FAST_INLINE F load_some(const float* p, int n) {
-  return {_mm256_maskload_ps(p, first_lanes(n)),
-          n > 8 ? _mm256_maskload_ps(p + 8, first_lanes(n - 8)) : _mm256_setzero_ps()};
-}
-DDPM_FAST_INLINE void store_some(float* p, F x, int n) {
-  _mm256_maskstore_ps(p, first_lanes(n), x.a);
-  if (n > 8) _mm256_maskstore_ps(p + 8, first_lanes(n - 8), x.b);
-}
-#else
-DDPM_FAST_INLINE F load_some(const float* p, int n) { return load(p, n); }
-DDPM_FAST_INLINE void store_some(float* p, F x, int n) { store(p, x, n); }
-#endif
 template <bool whole> DDPM_FAST_INLINE F load_vector(const float* p, int n) {
   if constexpr (whole) return load(p);
-  else return n == kLanes ? load(p) : load_some(p, n);
+  else return load_lanes(p, n);
 }
 template <bool whole> DDPM_FAST_INLINE void store_vector(float* p, F x, int n) {
   if constexpr (whole) store(p, x);
-  else if (n == kLanes) store(p, x);
-  else store_some(p, x, n);
+  else store_lanes(p, x, n);
 }
 
 // The one-dimensional transforms of F(m, 3), m + 2 inputs to m outputs (Winograd 1980; Lavin and Gray 2016). A tile's
@@ -314,8 +282,6 @@ static void transform_output(const Conv& conv, int64_t first, int64_t tiles, con
     }
   }
 }
-
-#undef DDPM_FAST_UNROLL
 
 }  // namespace DDPM_FAST_ISA
 }  // namespace ddpm_fast

@@ -34,6 +34,7 @@ using Half = c10::Half;
 #undef DDPM_FAST_ISA
 #undef DDPM_FAST_ISA_AVX512
 #undef DDPM_FAST_INLINE
+#undef DDPM_FAST_UNROLL
 #pragma GCC pop_options
 
 #pragma GCC push_options
@@ -45,6 +46,7 @@ using Half = c10::Half;
 #undef DDPM_FAST_ISA
 #undef DDPM_FAST_ISA_AVX2
 #undef DDPM_FAST_INLINE
+#undef DDPM_FAST_UNROLL
 #pragma GCC pop_options
 #endif
 
@@ -53,6 +55,7 @@ using Half = c10::Half;
 #include DDPM_FAST_KERNELS
 #undef DDPM_FAST_ISA
 #undef DDPM_FAST_INLINE
+#undef DDPM_FAST_UNROLL
 #undef DDPM_FAST_EACH
 
 #if DDPM_FAST_X86

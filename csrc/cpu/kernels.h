@@ -43,6 +43,8 @@ void conv3x3(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<
              std::optional<Tensor> prepared, bool upsample, int64_t tile_height, int64_t tile_width, int64_t block,
              Tensor out);
 
+void linear_attention(Tensor qkv, std::optional<Tensor> memory, int64_t heads, double scale, Tensor out);
+
 void norm_act(Tensor x, int64_t num_groups, std::optional<Tensor> weight, std::optional<Tensor> bias,
               std::optional<Tensor> scale, std::optional<Tensor> shift, std::optional<Tensor> embedding, double eps,
               int64_t activation, Tensor out, std::optional<Tensor> mean, std::optional<Tensor> rstd);

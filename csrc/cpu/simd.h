@@ -9,6 +9,14 @@ namespace DDPM_FAST_ISA {
 constexpr int kLanes = 16;
 #define DDPM_FAST_INLINE static inline __attribute__((always_inline))
 
+// Before loops over registers, which have to be unrolled whole, or the registers become memory; arrays are memory
+// anyway.
+#if defined(DDPM_FAST_ISA_AVX512) || defined(DDPM_FAST_ISA_AVX2)
+#define DDPM_FAST_UNROLL _Pragma("GCC unroll 16")
+#else
+#define DDPM_FAST_UNROLL _Pragma("GCC unroll 1")
+#endif
+
 #if defined(DDPM_FAST_ISA_AVX512)
 
 struct F { __m512 v; };
@@ -68,6 +76,17 @@ DDPM_FAST_INLINE void transpose4(F& a, F& b, F& c, F& d) {
   c.v = _mm512_shuffle_ps(ab1, cd1, 0x44);
   d.v = _mm512_shuffle_ps(ab1, cd1, 0xee);
 }
+// Lanes 4q..4q+3 from, or to, p + q * stride.
+DDPM_FAST_INLINE F load_quarters(const float* p, int64_t stride) {
+  const __m512 v = _mm512_insertf32x4(_mm512_castps128_ps512(_mm_loadu_ps(p)), _mm_loadu_ps(p + stride), 1);
+  return {_mm512_insertf32x4(_mm512_insertf32x4(v, _mm_loadu_ps(p + 2 * stride), 2), _mm_loadu_ps(p + 3 * stride), 3)};
+}
+DDPM_FAST_INLINE void store_quarters(float* p, int64_t stride, F a) {
+  _mm_storeu_ps(p, _mm512_castps512_ps128(a.v));
+  _mm_storeu_ps(p + stride, _mm512_extractf32x4_ps(a.v, 1));
+  _mm_storeu_ps(p + 2 * stride, _mm512_extractf32x4_ps(a.v, 2));
+  _mm_storeu_ps(p + 3 * stride, _mm512_extractf32x4_ps(a.v, 3));
+}
 
 DDPM_FAST_INLINE F load(const Half* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
@@ -92,6 +111,13 @@ DDPM_FAST_INLINE float sum_of_lanes(F a) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+// The largest lane, in the same order, a NaN treated as max does.
+DDPM_FAST_INLINE float max_of_lanes(F a) {
+  const __m256 eight = _mm256_max_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
 
 #elif defined(DDPM_FAST_ISA_AVX2)
@@ -175,6 +201,18 @@ DDPM_FAST_INLINE void transpose4(F& x, F& y, F& z, F& w) {
   transpose4_half(x.a, y.a, z.a, w.a);
   transpose4_half(x.b, y.b, z.b, w.b);
 }
+DDPM_FAST_INLINE __m256 load_halves(const float* p, int64_t stride) {
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + stride), 1);
+}
+DDPM_FAST_INLINE F load_quarters(const float* p, int64_t stride) {
+  return {load_halves(p, stride), load_halves(p + 2 * stride, stride)};
+}
+DDPM_FAST_INLINE void store_quarters(float* p, int64_t stride, F x) {
+  _mm_storeu_ps(p, _mm256_castps256_ps128(x.a));
+  _mm_storeu_ps(p + stride, _mm256_extractf128_ps(x.a, 1));
+  _mm_storeu_ps(p + 2 * stride, _mm256_castps256_ps128(x.b));
+  _mm_storeu_ps(p + 3 * stride, _mm256_extractf128_ps(x.b, 1));
+}
 
 DDPM_FAST_INLINE F load(const Half* p) {
   const __m128i* q = reinterpret_cast<const __m128i*>(p);
@@ -208,6 +246,12 @@ DDPM_FAST_INLINE float sum_of_lanes(F x) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+DDPM_FAST_INLINE float max_of_lanes(F x) {
+  const __m256 eight = _mm256_max_ps(x.a, x.b);
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
 
 #else
@@ -272,6 +316,10 @@ DDPM_FAST_INLINE void transpose4(F& a, F& b, F& c, F& d) {
     for (int i = 0; i < 4; ++i)
       for (int j = 0; j < 4; ++j) out[i]->v[q + j] = in[j].v[q + i];
 }
+DDPM_FAST_INLINE F load_quarters(const float* p, int64_t stride) DDPM_FAST_EACH(F, p[i / 4 * stride + i % 4])
+DDPM_FAST_INLINE void store_quarters(float* p, int64_t stride, F a) {
+  for (int i = 0; i < kLanes; ++i) p[i / 4 * stride + i % 4] = a.v[i];
+}
 
 DDPM_FAST_INLINE F load(const Half* p) DDPM_FAST_EACH(F, static_cast<float>(p[i]))
 DDPM_FAST_INLINE void store(Half* p, F a) {
@@ -286,6 +334,11 @@ DDPM_FAST_INLINE Mask is_nan(F a) DDPM_FAST_EACH(Mask, a.v[i] != a.v[i])
 DDPM_FAST_INLINE float sum_of_lanes(F a) {
   for (int half = kLanes / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) a.v[i] += a.v[i + half];
+  return a.v[0];
+}
+DDPM_FAST_INLINE float max_of_lanes(F a) {
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) a.v[i] = a.v[i] > a.v[i + half] ? a.v[i] : a.v[i + half];
   return a.v[0];
 }
 
@@ -309,6 +362,27 @@ template <class T> DDPM_FAST_INLINE void store(T* p, F a, int n) {
   store(buffer, a);
   for (int i = 0; i < n; ++i) p[i] = buffer[i];
 }
+// For float without that detour through memory, which costs more than most arithmetic.
+#if defined(DDPM_FAST_ISA_AVX512)
+DDPM_FAST_INLINE F load(const float* p, int n) {
+  return {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p)};
+}
+DDPM_FAST_INLINE void store(float* p, F a, int n) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), a.v);
+}
+#elif defined(DDPM_FAST_ISA_AVX2)
+DDPM_FAST_INLINE __m256i lane_mask(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+DDPM_FAST_INLINE F load(const float* p, int n) {
+  return {_mm256_maskload_ps(p, lane_mask(n)),
+          n > 8 ? _mm256_maskload_ps(p + 8, lane_mask(n - 8)) : _mm256_setzero_ps()};
+}
+DDPM_FAST_INLINE void store(float* p, F a, int n) {
+  _mm256_maskstore_ps(p, lane_mask(n), a.a);
+  if (n > 8) _mm256_maskstore_ps(p + 8, lane_mask(n - 8), a.b);
+}
+#endif
 
 // The last vector of a run may be partial; the test costs nothing beside the arithmetic.
 template <class T> DDPM_FAST_INLINE F load_lanes(const T* p, int n) { return n == kLanes ? load(p) : load(p, n); }

@@ -11,6 +11,7 @@ from torch import nn
 from ..ops.conv import MODES
 from . import blocks
 from .activations import find_silu_module
+from .attention import accelerate_attentions
 from .convolutions import accelerate_convs
 from .fused import FusedSequential, hooked, is_plain_sequential
 from .layout import to_channels_last, undo_channels_last
@@ -24,15 +25,17 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def accelerate(model: M, *, conv: str = "exact", channels_last: bool = False) -> M:
-    """Puts the norms of a model on the fused ops, with the SiLU, scale and shift around them, and its 3x3 convolutions.
+    """Puts a model's norms, with the SiLU, scale and shift around them, 3x3 convolutions and attention on fast code.
 
     In place. The norms are GroupNorm, and RMSNorm over the channels as lucidrains has it. Found are norms alone, norms
     and activations side by side in a Sequential, and norms and activations called in the methods of a block, whatever
     its class, as long as its source can be read. Convolutions are `nn.Conv2d` of 3x3, stride 1 and padding 1, which
-    without gradients, in float32 on a CPU, run on `conv3x3`. Outputs and gradients stay the same to rounding;
-    parameters, state dict, hooks, `named_modules` and every object's identity stay as they are. What cannot be proved
-    safe is left alone: `acceleration_report(model)` names it. On a device or for a dtype without a kernel of ours a
-    model runs as before.
+    without gradients, in float32 on a CPU, run on `conv3x3`. Attention is self-attention with one head, whoever wrote
+    it: under the same conditions, and in evaluation mode, its four projections are folded into two; and the linear
+    attention of the annotated article and of lucidrains' packages, known by what its forward says, which runs on
+    `linear_attention`. Outputs and gradients stay the same to rounding; parameters, state dict, hooks, `named_modules`
+    and every object's identity stay as they are. What cannot be proved safe is left alone:
+    `acceleration_report(model)` names it. On a device or for a dtype without a kernel of ours a model runs as before.
 
     Applied again, it looks at the model again; `restore` undoes it.
 
@@ -104,6 +107,7 @@ def accelerate(model: M, *, conv: str = "exact", channels_last: bool = False) ->
         own = [site for site in sites if site.norm is norm]
         note_fused(norm, describe(own or [Site(norm)]) + ("" if own else unread.get(norm, "")))
     accelerate_convs(model, conv)
+    accelerate_attentions(model)
     if channels_last:
         to_channels_last(model)
     return model

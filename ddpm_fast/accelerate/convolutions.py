@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..nn import Conv3x3
-from ..nn.conv import plan_module, prepared_weight
+from ..nn.conv import plan_tensors, prepared_weight
 from ..ops._check import needs_grad
 from ..ops.conv import ConvPlan, conv3x3, cpu_isa, plan_conv3x3
-from .patch import Accelerated, mark, marked, subclass, swap
+from .computed import FusedComputedConv, as_torch_lays_out, fused_class
+from .patch import Accelerated, is_accelerated, mark, marked, subclass, swap
 
 
 class FusedConv(Accelerated, nn.Conv2d):
@@ -22,15 +22,11 @@ class FusedConv(Accelerated, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         mode: str = self.__dict__["_ddpm_fast_mode"]
-        if needs_grad(input, self.weight, self.bias) or plan_module(self, input, mode).tile is None:
+        if needs_grad(input, self.weight, self.bias) or plan_tensors(self.weight, input, mode).tile is None:
             return super().forward(input)
         prepared = prepared_weight(self, self.__dict__.get("_ddpm_fast_prepared"))
         mark(self, "prepared", prepared)
-        y = conv3x3(input, prepared, self.bias, mode=mode)
-        # torch's rule: channels_last where the weight or the input is.
-        if input.stride(1) == 1 or self.weight.is_contiguous(memory_format=torch.channels_last):
-            return y
-        return y.contiguous()
+        return as_torch_lays_out(conv3x3(input, prepared, self.bias, mode=mode), input, self.weight)
 
 
 def is_conv(module: nn.Module) -> bool:
@@ -45,18 +41,29 @@ def accelerate_convs(model: nn.Module, mode: str) -> None:
             continue
         reason = _why_not(module, mode)
         if reason is None:
-            try:
-                swap(module, subclass(FusedConv, type(module)))
-                mark(module, "mode", mode)
-            except TypeError as error:
-                reason = f"its class cannot be extended: {error}"
+            reason = _accelerate_conv(module, mode)
         if reason is not None:
             mark(module, "note", reason)
 
 
+def _accelerate_conv(conv: nn.Module, mode: str) -> str | None:
+    """Why it could not be done after all; None if it was."""
+    assert isinstance(conv, nn.Conv2d)
+    plain = type(conv).forward is nn.Conv2d.forward
+    made = subclass(FusedConv, type(conv)) if plain else fused_class(conv, mode)
+    if made is None:
+        return "it has a forward of its own, in which no call of torch's conv2d can be seen"
+    try:
+        swap(conv, made)
+    except TypeError as error:
+        return f"its class cannot be extended: {error}"
+    mark(conv, "mode", mode)
+    return None
+
+
 def conv_note(module: nn.Module, untouched: str) -> tuple[bool, str]:
     """Whether a convolution runs on the fused op; how, or why not."""
-    if isinstance(module, (Conv3x3, FusedConv)):
+    if isinstance(module, (Conv3x3, FusedConv, FusedComputedConv)):
         mode = module.mode if isinstance(module, Conv3x3) else marked(module, "mode")
         plan = _plan(module, mode)
         return plan.tile is not None, f"{mode}, {plan.reason}"
@@ -74,7 +81,7 @@ def _why_not(conv: nn.Module, mode: str) -> str | None:
         return f"{type(conv).__name__} is not a Conv2d"
     if isinstance(conv, LazyModuleMixin):
         return "its number of channels is not known yet"
-    if "forward" in conv.__dict__ or type(conv).forward is not nn.Conv2d.forward:
+    if "forward" in conv.__dict__ or is_accelerated(conv):
         return "it has a forward of its own"
     if type(conv)._conv_forward is not nn.Conv2d._conv_forward:
         return "it has a _conv_forward of its own"

@@ -1,4 +1,4 @@
-"""What accelerate did with each norm and each convolution of a model."""
+"""What accelerate did with each norm, each convolution and each attention of a model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from .attention import attention_note, is_attention
 from .convolutions import conv_note, is_conv
 from .norms import is_fused_already, is_norm
 from .patch import is_accelerated, mark, marked
@@ -15,7 +16,7 @@ _UNTOUCHED = "accelerate() has not been applied"
 
 @dataclass
 class AccelerationReport:
-    """Every norm and convolution module of a model, by name; `print` shows it as two tables.
+    """Every norm, convolution and attention module of a model, by name; `print` shows a table for each kind.
 
     Attributes:
         fused: the names of the norms that run on the fused op.
@@ -23,6 +24,8 @@ class AccelerationReport:
         patterns: for each name in `fused`, what runs in one pass with it.
         convs_fused: the names of the convolutions that run on the fused op, and how where the image is large enough.
         convs_skipped: the names of the others, and why.
+        attentions_fused: the names of the attention modules that are folded, or run on the fused op, and how.
+        attentions_skipped: the names of the others, and why.
     """
 
     fused: list[str] = field(default_factory=list)
@@ -30,12 +33,18 @@ class AccelerationReport:
     patterns: dict[str, str] = field(default_factory=dict)
     convs_fused: dict[str, str] = field(default_factory=dict)
     convs_skipped: dict[str, str] = field(default_factory=dict)
+    attentions_fused: dict[str, str] = field(default_factory=dict)
+    attentions_skipped: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        norms = _table("norm", "in one pass", {name: self.patterns[name] for name in self.fused}, self.skipped)
-        if not self.convs_fused and not self.convs_skipped:
-            return norms
-        return norms + "\n\n" + _table("convolution", "how", self.convs_fused, self.convs_skipped)
+        tables = [_table("norm", "in one pass", {name: self.patterns[name] for name in self.fused}, self.skipped)]
+        for what, fused, skipped in (
+            ("convolution", self.convs_fused, self.convs_skipped),
+            ("attention", self.attentions_fused, self.attentions_skipped),
+        ):
+            if fused or skipped:
+                tables.append(_table(what, "how", fused, skipped))
+        return "\n\n".join(tables)
 
 
 def _table(what: str, how: str, fused: dict[str, str], skipped: dict[str, str]) -> str:
@@ -56,11 +65,11 @@ def note_skipped(norm: nn.Module, reason: str) -> None:
 
 
 def acceleration_report(model: nn.Module) -> AccelerationReport:
-    """What `accelerate` did with each norm and each convolution of a model, or of a part or a wrapper of one.
+    """What `accelerate` did with each norm, convolution and attention of a model, or of a part or a wrapper of one.
 
-    Every norm module is in `.fused` or in `.skipped`, and every convolution in `.convs_fused` or in `.convs_skipped`,
-    under the name that `named_modules` gives it; where `accelerate` was not applied, all are skipped, and that is the
-    reason.
+    Every norm module is in `.fused` or in `.skipped`, every convolution in `.convs_fused` or in `.convs_skipped`, and
+    every module that is called attention and has parameters in `.attentions_fused` or in `.attentions_skipped`, under
+    the name that `named_modules` gives it; where `accelerate` was not applied, all are skipped, and that is the reason.
 
     Raises:
         TypeError: if `model` is not a module.
@@ -72,6 +81,9 @@ def acceleration_report(model: nn.Module) -> AccelerationReport:
         if is_conv(module):
             fused, text = conv_note(module, _UNTOUCHED)
             (report.convs_fused if fused else report.convs_skipped)[name] = text
+        if is_attention(module):
+            fused, text = attention_note(module, _UNTOUCHED)
+            (report.attentions_fused if fused else report.attentions_skipped)[name] = text
         if not is_norm(module):
             continue
         state, text = marked(module, "note", ("skipped", _UNTOUCHED))

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -91,6 +92,17 @@ def check_noise(kernel: Callable[..., None], device: torch.device) -> str | None
     return None if words.tolist() == [list(_NORMALS)] else "its self-check gave wrong noise"
 
 
+def check_ops(name: str, device: torch.device) -> str | None:
+    """Why the kernels of the backend that is chosen on a device are not to be trusted, None where all pass."""
+    from ddpm_fast import selftest  # it imports the ops, which import this
+
+    # In a thread of its own no gradient mode, autocast or torch.func of the caller's is at work.
+    with ThreadPoolExecutor(1) as thread:
+        results = thread.submit(selftest.results, name, device).result()
+    failed = [f"{r.op} gave an error of {r.error:.0e} {r.problem}".rstrip() for r in results if not r.passed]
+    return f"its self-test failed: {', '.join(failed)}" if failed else None
+
+
 _checked: set[str] = set()
 
 
@@ -98,8 +110,8 @@ def _passes(name: str, device: torch.device) -> bool:
     """Checks a GPU backend when it is first chosen; one that fails is missing from then on, and a warning says why."""
     if name in _checked or torch.compiler.is_compiling():
         return True
-    _checked.add(name)
-    missing[name] = check_noise(getattr(torch.ops.ddpm_fast.normal, name), device)
+    _checked.add(name)  # before the check, which chooses the backend for every op
+    missing[name] = check_noise(getattr(torch.ops.ddpm_fast.normal, name), device) or check_ops(name, device)
     if missing[name] is None:
         return True
     warnings.warn(

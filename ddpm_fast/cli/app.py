@@ -205,6 +205,9 @@ def train(
         bool, typer.Option("--self-condition", help="Let the network see its last estimate.")
     ] = False,
     precision: Annotated[str, typer.Option(help="float32 or bfloat16 (autocast).", metavar="NAME")] = "float32",
+    conv_mode: Annotated[
+        str, typer.Option(help="3x3 convolutions on the CPU: fast, exact, strict or torch.", metavar="NAME")
+    ] = "fast",
     accumulate: Annotated[int, typer.Option(help="Parts that a batch is cut into.", metavar="N", min=1)] = 1,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Compute blocks twice, to need less memory.")
@@ -277,6 +280,7 @@ def train(
             "batch_size": batch_size,
             "accumulate": accumulate,
             "precision": precision,
+            "conv_mode": conv_mode,
             "gradient_checkpointing": gradient_checkpointing,
             "learning_rate": learning_rate,
             "warmup_steps": warmup,
@@ -481,12 +485,11 @@ def doctor() -> None:
       ddpm-fast doctor
       DDPM_FAST_CPU_ISA=generic ddpm-fast doctor
     """
-    from ddpm_fast.cli.doctor import report, self_test
+    from ddpm_fast.cli.doctor import failures, report, self_test
 
     results = self_test()
     print(report(results))
-    failed = [f"{result.op} on {result.backend}" for result in results if not result.passed]
-    if failed:
+    if failed := failures(results):
         raise FailedCheck(f"the self-test failed: {', '.join(failed)}")
 
 

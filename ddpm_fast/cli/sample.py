@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import ddpm_fast
 from ddpm_fast.cli import images
-from ddpm_fast.cli.errors import UserError
+from ddpm_fast.cli.errors import UserError, one_line
 from ddpm_fast.cli.network import Network, device_of, open_network
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.training.files import write_atomically
@@ -201,7 +201,8 @@ def write_samples(
         how many were made, and how many were there.
 
     Raises:
-        UserError: `folder` holds samples of another run.
+        UserError: `folder` holds samples of another run, or a shard cannot be written, as on a full disk: the finished
+            ones stay.
     """
     job = Job(request)
     folder.mkdir(parents=True, exist_ok=True)
@@ -219,7 +220,12 @@ def write_samples(
         write_atomically(_record_of(folder, shard), lambda temporary: temporary.write_text("".join(record)))
 
     with _watched(job.network, job.calls(missing), progress) as stop:
-        in_parallel(work, missing, job.at_once(threads), stop)
+        try:
+            in_parallel(work, missing, job.at_once(threads), stop)
+        except OSError as error:
+            raise UserError(
+                f"{one_line(error)}; the finished shards are kept, and the same command makes the others"
+            ) from error
     _finish(folder, job)
     return len(missing), len(mine) - len(missing)
 
@@ -276,7 +282,7 @@ def _finish(folder: Path, job: Job) -> None:
     files = [file for shard in job.shards for file in shard.files]
     if not all(file in sums and (folder / file).exists() for file in files):
         return
-    _write_shared(folder / MANIFEST, lambda temporary: temporary.write_text(job.manifest(sums)))
+    write_atomically(folder / MANIFEST, lambda temporary: temporary.write_text(job.manifest(sums)), shared=True)
     for shard in job.shards:
         _record_of(folder, shard).unlink(missing_ok=True)
     if job.request.output == "grid" and not (folder / GRID).exists():
@@ -331,7 +337,7 @@ def _claim(folder: Path, job: Job) -> None:
     elif occupied:
         raise UserError(f"{folder} holds samples, but no {MANIFEST} says how they were made: choose another folder")
     else:
-        _write_shared(path, lambda temporary: temporary.write_text(job.manifest()))
+        write_atomically(path, lambda temporary: temporary.write_text(job.manifest()), shared=True)
 
 
 def _check_same(path: Path, job: Job) -> None:
@@ -354,11 +360,4 @@ def _check_same(path: Path, job: Job) -> None:
 def _write_grid(folder: Path, job: Job) -> None:
     x = np.concatenate([np.load(folder / shard.files[0]) for shard in job.shards])
     image = images.grid(torch.from_numpy(x))
-    _write_shared(folder / GRID, lambda temporary: image.save(temporary, format="PNG"))
-
-
-def _write_shared(path: Path, write: Callable[[Path], object]) -> None:
-    """As `write_atomically`, for a file that other processes may be writing at this moment."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    write_atomically(folder / GRID, lambda temporary: image.save(temporary, format="PNG"), shared=True)

@@ -45,6 +45,17 @@ def choice(source: Any, name: str, value: Any, known: Mapping[str, str]) -> str:
     return known[value]
 
 
+def check_methods(source: Any, methods: tuple[str, ...], originals: tuple[str, ...]) -> None:
+    """Refuse an object with methods of its own in the place of those of `originals`, which are classes' names.
+
+    The class that a method comes from first is an original whatever its name: forks rename them.
+    """
+    for name in methods:
+        owners = [cls.__name__ for cls in type(source).__mro__ if name in vars(cls)]
+        if name in getattr(source, "__dict__", ()) or (len(owners) > 1 and owners[0] not in originals):
+            raise ValueError(f"{type(source).__name__} has a {name} of its own, which a Sampler cannot stand in for")
+
+
 def check_options(options: Mapping[str, Any], read: tuple[str, ...], kind: str) -> None:
     """Refuse keywords for what the object itself says."""
     for name in ("schedule", "reference", *read):

@@ -35,6 +35,8 @@ _VARIANCES = {
     "fixed_large_log": "fixed_large",
     "learned_range": "learned_range",
 }
+_METHODS = ("step", "previous_timestep", "_get_variance", "_threshold_sample")
+_CLASSES = ("DDPMScheduler", "DDIMScheduler", "FastDDPMScheduler", "FastDDIMScheduler")
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -63,6 +65,7 @@ def _schedule(scheduler: Any) -> NoiseSchedule:
 def _mode(scheduler: Any, clipped_output: bool, coefficients: str = "float32") -> DiffusersMode:
     return DiffusersMode(
         spacing=scheduler.config.timestep_spacing,
+        inference_steps=scheduler.num_inference_steps,
         final_alpha_cumprod=1.0 if scheduler.config.get("set_alpha_to_one", True) else None,
         clipped_output=clipped_output,
         coefficients=coefficients,
@@ -90,6 +93,7 @@ def arguments(
         raise ValueError(f"coefficients must be 'float32' or 'float64', got {coefficients!r}")
     _read.check_options(options, ("prediction", "variance", "solver", "clip", "threshold"), _KIND)
     solver = _solver(scheduler)
+    _read.check_methods(scheduler, _METHODS, _CLASSES)
     if use_clipped_model_output and solver == "ddpm":
         raise ValueError("use_clipped_model_output is a parameter of DDIMScheduler")
     config = scheduler.config
@@ -145,7 +149,9 @@ class _FastStep(SchedulerMixin):  # type: ignore[misc]
                 timestep.device == own.device
                 and timestep.untyped_storage().data_ptr() == own.untyped_storage().data_ptr()
             ):
-                return int(timestep.storage_offset() - own.storage_offset())
+                i, between = divmod(int(timestep.storage_offset() - own.storage_offset()), own.stride(0))
+                if between == 0 and 0 <= i < len(self._numbers):
+                    return i
         value = int(timestep)
         return self._numbers.index(value) if value in self._numbers else None
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from ddpm_fast.interop import _read
 
 _KIND = "GaussianDiffusion of openai's"
@@ -14,11 +16,23 @@ _VARIANCES = {
     "LEARNED": "learned",
     "LEARNED_RANGE": "learned_range",
 }
+# What makes the samples, by solver.
+_METHODS = {
+    "ddpm": ("q_posterior_mean_variance", "p_mean_variance", "p_sample", "p_sample_loop", "p_sample_loop_progressive"),
+    "ddim": ("p_mean_variance", "ddim_sample", "ddim_sample_loop", "ddim_sample_loop_progressive"),
+}
+_CLASSES = ("GaussianDiffusion", "SpacedDiffusion")
 
 
 def arguments(diffusion: Any, options: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a Sampler, besides the model, that samples as `diffusion` does."""
     _read.check_options(options, ("prediction", "variance", "time_input"), _KIND)
+    if isinstance(diffusion, nn.Module):  # with tables of the same names
+        raise TypeError(
+            f"{type(diffusion).__name__} is an nn.Module and no {_KIND}: from_lucidrains or from_latent_diffusion may "
+            f"be for it"
+        )
+    _read.check_methods(diffusion, _METHODS.get(options.get("solver", "ddpm"), ()), _CLASSES)
     spaced = hasattr(diffusion, "timestep_map")
     schedule = _read.schedule(
         diffusion,

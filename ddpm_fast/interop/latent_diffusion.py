@@ -10,6 +10,9 @@ from ddpm_fast.interop import _read
 
 _KIND = "DDPM of latent-diffusion"
 _PREDICTIONS = {"eps": "epsilon", "x0": "x0", "v": "v"}
+# What makes the samples of `p_sample_loop`; DDIMSampler and PLMSSampler ask for nothing but tables and `apply_model`.
+_METHODS = ("predict_start_from_noise", "q_posterior", "p_mean_variance", "p_sample", "p_sample_loop")
+_CLASSES = ("DDPM", "LatentDiffusion")
 
 
 class ConditionedNetwork(nn.Module):
@@ -36,6 +39,9 @@ def arguments(ddpm: Any, options: dict[str, Any]) -> dict[str, Any]:
     _read.attribute(ddpm, "model", _KIND)
     if getattr(ddpm, "shorten_cond_schedule", False):
         raise ValueError(f"{type(ddpm).__name__} has shorten_cond_schedule, noise on its condition: a Sampler has none")
+    ancestral = options.get("solver", "ddpm") == "ddpm"
+    if ancestral:
+        _read.check_methods(ddpm, _METHODS, _CLASSES)
     parameterization = _read.attribute(ddpm, "parameterization", _KIND)
     result = {
         "model": ConditionedNetwork(ddpm),
@@ -43,6 +49,6 @@ def arguments(ddpm: Any, options: dict[str, Any]) -> dict[str, Any]:
         "prediction": _read.choice(ddpm, "parameterization", parameterization, _PREDICTIONS),
         "reference": "latent-diffusion",
     }
-    if options.get("solver", "ddpm") == "ddpm" and _read.attribute(ddpm, "clip_denoised", _KIND):
+    if ancestral and _read.attribute(ddpm, "clip_denoised", _KIND):
         result["clip"] = (-1.0, 1.0)
     return {**result, **options}

@@ -22,7 +22,8 @@ def arguments(diffusion: Any, options: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a Sampler that samples as `diffusion.sample()` does."""
     _read.check_options(options, ("prediction", "variance", "self_condition", "time_input", "clip"), _KIND)
     for name in _METHODS:
-        method = _read.attribute(type(diffusion), name, _KIND)
+        _read.attribute(diffusion, name, _KIND)
+        method = getattr(type(diffusion), name)
         owner, _, _ = method.__qualname__.rpartition(".")
         if owner not in _CLASSES or (method.__module__.startswith(_PACKAGE) and method.__module__ not in _MODULES):
             raise ValueError(

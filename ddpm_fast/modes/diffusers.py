@@ -24,6 +24,8 @@ class DiffusersMode(Mode):
 
     Attributes:
         spacing: "leading", "trailing" or "linspace", for a number of steps.
+        inference_steps: the steps whose stride DDIM goes down by, `set_timesteps`' own, of which a run may make a part;
+            None for as many as the run makes.
         final_alpha_cumprod: DDIM's abar before timestep 0; None for that of timestep 0.
         clipped_output: `use_clipped_model_output`.
         coefficients: "float32", the schedulers' own, or "float64": the same formulas, exact.
@@ -33,6 +35,7 @@ class DiffusersMode(Mode):
     solvers: ClassVar[tuple[str, ...]] = ("ddpm", "ddim")
 
     spacing: str = "leading"
+    inference_steps: int | None = None
     final_alpha_cumprod: float | None = 1.0
     clipped_output: bool = False
     coefficients: str = "float32"
@@ -61,7 +64,7 @@ class DiffusersMode(Mode):
         abar = all_abar[positions]
         if ddim:
             final = all_abar[0] if self.final_alpha_cumprod is None else torch.tensor(self.final_alpha_cumprod)
-            before = positions - request.full.timesteps // len(positions)
+            before = positions - request.full.timesteps // (self.inference_steps or len(positions))
             previous = torch.where(before >= 0, all_abar[before.clamp(min=0)], final)
             return self._ddim(request, abar, previous, eta)
         before = torch.cat([torch.tensor([-1]), positions[:-1]])

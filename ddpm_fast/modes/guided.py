@@ -15,10 +15,15 @@ class GuidedMode(Mode):
 
     The solvers that are not openai's draw as k-diffusion's do: `euler_ancestral` in every step but the last, the
     others never.
+
+    Attributes:
+        variance_floor: what the posterior variance, 0 at the cleanest step, is clipped to there; None for that of the
+            next step. Imported tables are clipped already.
     """
 
     name: ClassVar[str] = "guided"
     solvers: ClassVar[tuple[str, ...]] = ("ddpm", "ddim", "plms", "langevin", *SIGMA_SOLVERS)
+    variance_floor: ClassVar[float | None] = None
 
     def choose(self, schedule: NoiseSchedule, steps: int) -> list[int]:
         """One section of `space_timesteps`."""
@@ -32,6 +37,7 @@ class GuidedMode(Mode):
                 prediction=request.prediction,
                 variance=request.variance,
                 guidance_scale=request.guidance_scale,
+                variance_floor=None if request.kept.is_imported else self.variance_floor,
             )
         if request.solver == "langevin":
             return langevin_table(

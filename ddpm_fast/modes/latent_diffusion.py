@@ -17,6 +17,7 @@ class LatentDiffusionMode(GuidedMode):
 
     name: ClassVar[str] = "latent-diffusion"
     clip: ClassVar[tuple[float, float] | None] = None
+    variance_floor: ClassVar[float | None] = 1e-20
 
     def choose(self, schedule: NoiseSchedule, steps: int) -> list[int]:
         """Every (T // steps)-th timestep, plus 1: often more of them than asked for.

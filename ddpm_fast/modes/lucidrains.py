@@ -18,6 +18,7 @@ class LucidrainsMode(GuidedMode):
 
     name: ClassVar[str] = "lucidrains"
     solvers: ClassVar[tuple[str, ...]] = ("ddpm", "ddim")
+    variance_floor: ClassVar[float | None] = 1e-20
 
     def choose(self, schedule: NoiseSchedule, steps: int) -> list[int]:
         """The times of `ddim_sample`: from -1, which is left out, to T - 1, evenly, cut off to whole numbers."""
@@ -34,6 +35,7 @@ class LucidrainsMode(GuidedMode):
                 variance=request.variance,
                 guidance_scale=request.guidance_scale,
                 log_betas=request.kept.betas.float().log().double(),
+                variance_floor=None if request.kept.is_imported else self.variance_floor,
             )
         else:
             table = super().table(request)

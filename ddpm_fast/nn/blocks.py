@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops._check import is_transformed, needs_grad
 from ..ops._derived import Derived
 from .conv import Conv3x3
-from .folded import Folded, attend, fold
+from .folded import Folded, attend, fold, folding_is_safe
 from .group_norm_silu import GroupNormSiLU
 
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear, Conv3x3)
@@ -98,7 +96,7 @@ class SelfAttention(nn.Module):
         # view as well, of rows whose elements lie apart: PyTorch then takes slower kernels for everything below.
         rows = self.norm(x).permute(0, 2, 3, 1).reshape(n, h * w, c).contiguous()
         parameters = (self.qkv.weight, self.qkv.bias, self.project.weight, self.project.bias)
-        if self.folds and self.num_heads == 1 and _folding_is_safe(rows, parameters):
+        if self.folds and self.num_heads == 1 and folding_is_safe(rows, parameters):
             out = attend(rows, self._folded.get(parameters, _fold_qkv))
             return x + out.reshape(n, h, w, c).permute(0, 3, 1, 2)
         qkv = self.qkv(rows).reshape(n, h * w, 3, self.num_heads, c // self.num_heads)
@@ -111,19 +109,6 @@ def _fold_qkv(qkv: Tensor, qkv_bias: Tensor, project: Tensor, project_bias: Tens
     q, k, v = qkv.chunk(3)
     q_bias, _, v_bias = qkv_bias.chunk(3)
     return fold(q, k, v, project, q_bias, v_bias, project_bias)
-
-
-def _folding_is_safe(rows: Tensor, parameters: tuple[Tensor, ...]) -> bool:
-    """Whether folded projections are the same function here, and their changes can be seen."""
-    return (
-        rows.dtype == torch.float32
-        and rows.is_cpu
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-        and not needs_grad(rows, *parameters)
-        and not any(parameter.is_inference() for parameter in parameters)
-        and not is_transformed()
-    )
 
 
 class Downsample(nn.Module):

@@ -11,22 +11,24 @@ from ..ops._check import is_transformed, needs_grad
 from ..ops.conv import ConvPlan, PreparedConv3x3, conv3x3, cpu_isa, plan_conv3x3, prepare_conv3x3
 
 
-def plan_module(conv: nn.Conv2d, input: Tensor, mode: str, upsample: bool = False) -> ConvPlan:
-    """How a 3x3 convolution module of stride 1 and padding 1 would treat ``input (N, C, H, W)`` just now, and why."""
+def plan_tensors(weight: Tensor, input: Tensor, mode: str, upsample: bool = False) -> ConvPlan:
+    """How ``input (N, C, H, W)`` and a 3x3 weight would be convolved with padding 1 just now, and why."""
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or is_transformed():
         return ConvPlan(None, 0, "torch.compile, autocast and torch.func have convolutions of their own")
-    weight = conv.weight
     if not _is_plain(input) or not _is_plain(weight) or weight.dtype != input.dtype or weight.device != input.device:
         return ConvPlan(None, 0, "the input or the weight is of a tensor type of its own, or they do not match")
     if weight.is_inference():
         return ConvPlan(None, 0, "the weight is an inference tensor, whose changes cannot be seen")
-    if input.dim() != 4 or input.shape[1] != conv.in_channels:
-        return ConvPlan(None, 0, f"the input is not (N, {conv.in_channels}, H, W)")
+    if weight.dim() != 4 or weight.shape[2:] != (3, 3):
+        return ConvPlan(None, 0, "the weight is not (K, C, 3, 3)")
+    outputs, channels = weight.shape[:2]
+    if input.dim() != 4 or input.shape[1] != channels:
+        return ConvPlan(None, 0, f"the input is not (N, {channels}, H, W)")
     if backends.missing["cpu"] is not None or backends._forced not in (None, "cpu"):
         return ConvPlan(None, 0, "the cpu backend is not the one in use")
     return plan_conv3x3(
-        conv.in_channels,
-        conv.out_channels,
+        channels,
+        outputs,
         *input.shape[2:],
         mode=mode,
         isa=cpu_isa(),
@@ -77,7 +79,7 @@ class Conv3x3(nn.Conv2d):
         """How ``input (N, in_channels, H, W)`` would be convolved just now, and why."""
         if needs_grad(input, self.weight, self.bias) and not input.is_contiguous(memory_format=torch.channels_last):
             return ConvPlan(None, 0, "a copy in channels_last would have to be kept for the gradient")
-        return plan_module(self, input, self.mode, upsample)
+        return plan_tensors(self.weight, input, self.mode, upsample)
 
     def forward(self, input: Tensor, residual: Tensor | None = None, upsample: bool = False) -> Tensor:
         """``residual + conv(input)``: ``(N, in_channels, H, W)`` -> ``(N, out_channels, H, W)``, residual's shape.

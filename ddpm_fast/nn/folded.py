@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..ops._check import is_transformed, needs_grad
 
 Folded = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -18,22 +23,43 @@ def fold(
     ``softmax(...) (x Wv' + bv) Wo' + bo`` is ``softmax(...) (x Wv' Wo' + bv Wo' + bo)``.
 
     Args:
-        q, k, v, out: ``(C, C)``, as nn.Linear holds them.
-        q_bias, v_bias, out_bias: ``(C,)``, or None; that of the keys has no effect.
+        q, k, v: ``(D, C)``, as nn.Linear holds them; D is the width of the head.
+        out: ``(C, D)``.
+        q_bias, v_bias: ``(D,)``, or None; that of the keys has no effect.
+        out_bias: ``(C,)``, or None.
 
     Returns:
         ``(C, C)``, ``(C,)``, ``(C, C)``, ``(C,)`` in the dtype of ``q``, for ``F.linear``.
     """
-    zero = q.new_zeros(q.shape[0])
     wq, wk, wv, wo = (weight.double() for weight in (q, k, v, out))
-    bq, bv, bo = (zero.double() if bias is None else bias.double() for bias in (q_bias, v_bias, out_bias))
+    bq, bv, bo = (
+        weight.new_zeros(weight.shape[0]) if bias is None else bias.double()
+        for weight, bias in ((wq, q_bias), (wv, v_bias), (wo, out_bias))
+    )
     query_weight, query_bias, value_weight, value_bias = wk.T @ wq, bq @ wk, wo @ wv, wo @ bv + bo
     return query_weight.to(q.dtype), query_bias.to(q.dtype), value_weight.to(q.dtype), value_bias.to(q.dtype)
 
 
-def attend(rows: Tensor, folded: Folded) -> Tensor:
-    """Attention of every row to every row, the output projection included: ``(N, L, C)`` to the same shape."""
+def attend(rows: Tensor, folded: Folded, scale: float | None = None) -> Tensor:
+    """Attention of every row to every row, the output projection included: ``(N, L, C)`` to the same shape.
+
+    ``scale`` is what the products of queries and keys are multiplied with: by default ``C ** -0.5``, right for a head
+    of width C.
+    """
     query_weight, query_bias, value_weight, value_bias = folded
     queries, values = F.linear(rows, query_weight, query_bias), F.linear(rows, value_weight, value_bias)
     # With a dimension for the one head, without which PyTorch does not take its flash kernel.
-    return F.scaled_dot_product_attention(queries[:, None], rows[:, None], values[:, None])[:, 0]
+    return F.scaled_dot_product_attention(queries[:, None], rows[:, None], values[:, None], scale=scale)[:, 0]
+
+
+def folding_is_safe(x: Tensor, parameters: Sequence[Tensor | None]) -> bool:
+    """Whether folded projections are the same function of ``x`` just now, and changes of the parameters can be seen."""
+    return (
+        x.dtype == torch.float32
+        and x.is_cpu
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and not needs_grad(x, *parameters)
+        and not any(parameter is not None and parameter.is_inference() for parameter in parameters)
+        and not is_transformed()
+    )

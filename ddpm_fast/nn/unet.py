@@ -201,7 +201,7 @@ class UNet(nn.Module):
         return self.conv_in.weight.dtype
 
     def set_conv_mode(self, mode: str) -> None:
-        """Choose how the 3x3 convolutions are computed where no gradient is needed.
+        """Choose how the 3x3 convolutions and their gradients are computed.
 
         A choice of the moment: neither the state dict nor the config carries it.
 

@@ -3,6 +3,7 @@
 from ddpm_fast.ops.bound import bound_terms
 from ddpm_fast.ops.conv import conv3x3, plan_conv3x3, prepare_conv3x3
 from ddpm_fast.ops.denoise import denoise
+from ddpm_fast.ops.linear_attention import linear_attention
 from ddpm_fast.ops.noising import noised, q_sample
 from ddpm_fast.ops.norm_act import group_norm_silu
 from ddpm_fast.ops.quantile import abs_quantile
@@ -16,6 +17,7 @@ __all__ = [
     "conv3x3",
     "denoise",
     "group_norm_silu",
+    "linear_attention",
     "noised",
     "plan_conv3x3",
     "prepare_conv3x3",

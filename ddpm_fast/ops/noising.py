@@ -63,10 +63,10 @@ def q_sample(
     t: Tensor,
     schedule: NoiseSchedule,
     noise: Tensor | None = None,
-    *,
     seed: int | Tensor | None = None,
     sample_ids: Sequence[int] | Tensor | None = None,
     step: int | Tensor = 0,
+    *,
     stream: str = "training",
 ) -> tuple[Tensor, Tensor]:
     """Draws x_t from q(x_t | x_0): `x_t = sqrt(alphas_cumprod[t]) * x0 + sqrt(1 - alphas_cumprod[t]) * noise`.

@@ -30,11 +30,11 @@ def _is_shape(shape: tuple[int, ...]) -> bool:
 
 def randn(
     shape: Sequence[int],
-    *,
     seed: int | Tensor = 0,
     sample_ids: Sequence[int] | Tensor | None = None,
     step: int | Tensor = 0,
     stream: str = "noise",
+    *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     memory_format: torch.memory_format = torch.contiguous_format,

@@ -11,6 +11,7 @@ from typing import Any, Literal, cast, overload
 import torch
 from torch import Tensor
 
+from ddpm_fast._memory import kept_memory
 from ddpm_fast.modes import MODES, Mode, TableRequest
 from ddpm_fast.sampler.arguments import (
     HISTORIES,
@@ -251,7 +252,7 @@ class Sampler:
 
         Raises:
             TypeError: `diffusion` is none, or an option is given for what is read from it.
-            ValueError: it predicts something that a Sampler does not know.
+            ValueError: it predicts something that a Sampler does not know, or a subclass that samples differently.
         """
         from ddpm_fast.interop import guided
 
@@ -285,7 +286,7 @@ class Sampler:
 
         Raises:
             TypeError: `ddpm` is none, or an option is given for what is read from it.
-            ValueError: it does something that a Sampler does not.
+            ValueError: it does something that a Sampler does not, or a subclass that samples differently.
         """
         from ddpm_fast.interop import latent_diffusion
 
@@ -305,7 +306,7 @@ class Sampler:
 
         The float32 betas and abar, and what the configuration says, are read from `scheduler`. Its timesteps are
         taken where `set_timesteps` was called, all of them otherwise; ``steps=n`` is `set_timesteps(n)` on a
-        copy.
+        copy, and ``timesteps=scheduler.timesteps[k:]`` makes a part of them, as image-to-image pipelines do.
 
         Args:
             scheduler: the live object.
@@ -316,7 +317,8 @@ class Sampler:
         Raises:
             ImportError: diffusers is not installed.
             TypeError: an option is given for what is read from `scheduler`.
-            ValueError: another scheduler, or a variance or timestep that a Sampler does not have.
+            ValueError: another scheduler, a subclass with a step of its own, or a variance or timestep that a
+                Sampler does not have.
         """
         from ddpm_fast.interop import diffusers
 
@@ -532,7 +534,7 @@ class Sampler:
     def _steps(self, run: Run, want_state: bool, progress: bool) -> Generator[SamplerState | None, None, None]:
         bar = _progress_bar(self.steps) if progress else None
         try:
-            with evaluating(self.model):
+            with kept_memory(), evaluating(self.model):
                 graph = None if want_state else graphed(run, self._cuda_graph)
                 for i in range(self.steps):
                     state = None

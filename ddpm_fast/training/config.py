@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from ..nn import UNetConfig
+from ..ops.conv import MODES as CONV_MODES
 from ..solvers import PREDICTIONS, VARIANCES
 from .datasets import DATASETS
 from .loss import LOSSES
@@ -37,6 +38,9 @@ class TrainConfig:
         accumulate: parts that a batch is cut into, one after the other through the network, to need less memory.
         precision: "float32", or "bfloat16" for convolutions and matrix products (torch.autocast); weights, norms' sums
             and losses are float32.
+        conv_mode: how 3x3 convolutions in float32 on the CPU are computed, see :func:`ddpm_fast.conv3x3`. With "fast"
+            the whole gradient's error is about that of torch's own convolutions (docs/training.md). The averaged
+            network that a run ends with is in the default mode.
         gradient_checkpointing: keep a block's input only, and compute the block again for its gradient.
         learning_rate, weight_decay: of AdamW.
         warmup_steps: the learning rate rises linearly over these.
@@ -66,6 +70,7 @@ class TrainConfig:
     batch_size: int = 64
     accumulate: int = 1
     precision: str = "float32"
+    conv_mode: str = "fast"
     gradient_checkpointing: bool = False
     learning_rate: float = 4e-4
     weight_decay: float = 0.0
@@ -85,6 +90,7 @@ class TrainConfig:
             ("weighting", (None, *WEIGHTINGS)),
             ("timestep_sampler", tuple(TIMESTEP_SAMPLERS)),
             ("precision", PRECISIONS),
+            ("conv_mode", CONV_MODES),
             ("lr_decay", LR_DECAYS),
         ):
             if getattr(self, name) not in choices:

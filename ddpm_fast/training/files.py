@@ -18,21 +18,28 @@ FORMAT = "ddpm_fast"
 VERSION = 1
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object], *, shared: bool = False) -> None:
     """Let `write` fill a temporary file beside `path`, then rename it: a reader sees the old file or the new.
+
+    Args:
+        path: the file to write.
+        write: called with the temporary file's path.
+        shared: other processes may be writing the same file at this moment.
 
     Raises:
         OSError: it cannot be written, as on a full disk; the old file stays, and what there was of the new one goes.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp" if shared else f".{path.name}.tmp")
     try:
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
+        if isinstance(error, OSError) and error.strerror is not None and error.filename is None:
+            error.filename = str(path)  # a write that fails does not say of which file
         raise
 
 

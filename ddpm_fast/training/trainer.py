@@ -9,7 +9,6 @@ there are.
 from __future__ import annotations
 
 import json
-import os
 import time
 import warnings
 import zlib
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .._memory import kept_memory
 from ..nn import UNet
 from ..ops import randn
 from ..schedule import NoiseSchedule
@@ -92,7 +92,7 @@ def train(
     Raises:
         FileExistsError: `output` holds a run and `resume` is False.
         FloatingPointError: the loss is not finite and `on_nan` is "stop", or all steps of an interval were skipped.
-        OSError: a checkpoint cannot be written, as on a full disk: the last one stays as it was.
+        OSError: a checkpoint or the log cannot be written, as on a full disk: the last checkpoint stays as it was.
         ValueError: data that does not fit the config, a state of another run, or fewer images in a part of a batch than
             there are processes.
     """
@@ -124,7 +124,7 @@ def train(
     rows = _rows_until(folder / LOG_FILE, run.step, cut=writes)
 
     bar = tqdm(total=config.steps, initial=run.step, disable=not progress or not writes, unit="step")
-    with bar, open(folder / LOG_FILE if writes else os.devnull, "a") as log:
+    with bar, kept_memory():
         while run.step < config.steps:
             closed = False
             try:
@@ -138,8 +138,8 @@ def train(
                 run.group.wait()
                 raise
             if closed:
-                log.write(json.dumps(rows[-1]) + "\n")
-                log.flush()
+                if writes:
+                    run.write_row(folder / LOG_FILE, rows[-1])
                 bar.set_postfix(loss=f"{rows[-1]['loss']:.4f}", refresh=False)
             if writes and (run.step % checkpoint_every == 0 or run.step == config.steps):
                 run.save(folder)
@@ -169,6 +169,7 @@ class _Run:
         self.model.set_gradient_checkpointing(config.gradient_checkpointing)
         self.network = self.group.wrap(self.model)
         self.average = averaged_model(self.model, config.ema_decay)
+        self.model.set_conv_mode(config.conv_mode)  # the average keeps its own
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
@@ -294,6 +295,14 @@ class _Run:
         self.interval_steps, self.interval_loss, self.interval_norm, self.skipped = 0, 0.0, 0.0, 0
         return row
 
+    def write_row(self, path: Path, row: dict[str, float]) -> None:
+        """Add a row to the log; raises OSError where it cannot be written."""
+        try:
+            with open(path, "a") as log:
+                log.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise self._unwritten("the log could not be written", path.parent, error) from error
+
     def save(self, folder: Path) -> None:
         """Write both checkpoints; raises OSError where they cannot be written, and leaves the last ones as they are."""
         metadata = {
@@ -317,10 +326,13 @@ class _Run:
             save_checkpoint(folder / MODEL_FILE, average, self.schedule, metadata=metadata)
             save_state(folder / STATE_FILE, self.model, average, self.optimizer, self._others(), header)
         except OSError as error:
-            raise OSError(
-                f"step {self.step}: no checkpoint could be written ({error}); the last one in {folder} is whole: "
-                f"resume from it when there is room"
-            ) from error
+            raise self._unwritten("no checkpoint could be written", folder, error) from error
+
+    def _unwritten(self, what: str, folder: Path, error: OSError) -> OSError:
+        return OSError(
+            f"step {self.step}: {what} ({error}); the last checkpoint in {folder} is whole: resume from it when there "
+            f"is room"
+        )
 
     def restore(self, path: Path) -> None:
         """Go back to a saved state. Raises ValueError where it belongs to another run."""

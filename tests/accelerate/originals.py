@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -101,6 +103,71 @@ class GuidedAttention(nn.Module):
         q, k, v = self.qkv(self.norm(x)).chunk(3, dim=1)
         weight = torch.softmax(torch.einsum("bct,bcs->bts", q, k) / c**0.5, dim=-1)
         h = self.proj_out(torch.einsum("bts,bcs->bct", weight, v))
+        return (x + h).reshape(b, c, *spatial)
+
+
+class Recomputed(torch.autograd.Function):
+    """Keeps its inputs alone for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, run, count, *tensors):
+        ctx.run, ctx.count = run, count
+        ctx.save_for_backward(*tensors)
+        with torch.no_grad():
+            return run(*tensors[:count])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        tensors = [t.detach().requires_grad_() for t in ctx.saved_tensors[: ctx.count]]
+        parameters = ctx.saved_tensors[ctx.count :]
+        with torch.enable_grad():
+            y = ctx.run(*tensors)
+        return None, None, *torch.autograd.grad(y, [*tensors, *parameters], gradient)
+
+
+def recomputed(run, inputs, parameters, flag):
+    if not flag:
+        return run(*inputs)
+    return Recomputed.apply(run, len(inputs), *inputs, *parameters)
+
+
+class GuidedHeads(nn.Module):
+    def __init__(self, n_heads):
+        super().__init__()
+        self.n_heads = n_heads
+
+    def forward(self, qkv):
+        n, width, length = qkv.shape
+        if width % (3 * self.n_heads):
+            raise ValueError(f"{width} channels for {self.n_heads} heads")
+        q, k, v = qkv.reshape(n * self.n_heads, -1, length).chunk(3, dim=1)
+        root = math.sqrt(math.sqrt(q.shape[1]))
+        weight = torch.softmax(torch.einsum("bct,bcs->bts", q / root, k / root).float(), dim=-1).type(q.dtype)
+        return torch.einsum("bts,bcs->bct", weight, v).reshape(n, -1, length)
+
+
+class GuidedAttentionBlock(nn.Module):
+    """With the heads in a module of their own, recomputation in the backward pass, and GLIDE's argument."""
+
+    def __init__(self, channels, num_heads=1):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = GroupNorm32(4, channels)
+        self.qkv = nn.Conv1d(channels, channels * 3, 1)
+        self.attention = GuidedHeads(num_heads)
+        self.proj_out = nn.Conv1d(channels, channels, 1)
+        self.encoder_channels = None
+
+    def forward(self, x, encoder_out=None):
+        return recomputed(self._forward, (x,), self.parameters(), True)
+
+    def _forward(self, x, encoder_out=None):
+        b, c, *spatial = x.shape
+        x = x.reshape(b, c, -1)
+        qkv = self.qkv(self.norm(x))
+        if self.encoder_channels is not None:
+            qkv = torch.cat([qkv, self.encoder_kv(encoder_out)], dim=-1)
+        h = self.proj_out(self.attention(qkv))
         return (x + h).reshape(b, c, *spatial)
 
 

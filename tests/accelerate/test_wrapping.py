@@ -174,6 +174,77 @@ def test_fully_shard(tmp_path: object, passes: list[str]) -> None:
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("order", ["accelerated-first", "sharded-first"])
+@pytest.mark.parametrize("name", ["article", "imagen"])
+def test_fully_sharded_data_parallel(name: str, order: str, tmp_path: object, passes: list[str]) -> None:
+    """The class of that name, with a unit of its own for each convolution."""
+    if not torch.distributed.is_available():
+        pytest.skip("torch without distributed")
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = make(name)
+        x, emb = inputs()
+        want = model(x, emb)
+        gradients = torch.autograd.grad(want.square().sum(), list(model.parameters()))
+        wrapped = df.accelerate(model) if order == "accelerated-first" else model
+        wrapped = FullyShardedDataParallel(
+            wrapped,
+            auto_wrap_policy=ModuleWrapPolicy({nn.Conv2d}),
+            device_id=torch.device("cpu"),
+            use_orig_params=True,
+        )
+        if order == "sharded-first":
+            df.accelerate(wrapped)
+        got = wrapped(x, emb)
+        assert passes
+        assert_close(got, want)
+        got.square().sum().backward()
+        for parameter, gradient in zip(wrapped.parameters(), gradients, strict=True):
+            assert parameter.grad is not None
+            assert_close(parameter.grad, gradient.reshape(parameter.grad.shape), 5e-5)
+        assert acceleration_report(wrapped).fused
+        assert torch.equal(df.restore(wrapped)(x, emb), want)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _share_the_weights(rank: int, kind: str, store: str) -> None:
+    """One of two processes, each with half of the weights: outputs and gradients of the whole model."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    try:
+        model = make("article")
+        x, emb = inputs()
+        want = model(x, emb)
+        exact = torch.cat([g.flatten() for g in torch.autograd.grad(want.square().sum(), list(model.parameters()))])
+        df.accelerate(model)
+        if kind == "fully_shard":
+            wrapped: nn.Module = fully_shard(model, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (2,)))
+        else:
+            wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+        got = wrapped(x, emb)
+        assert_close(got, want)
+        got.square().sum().backward()
+        parts = [p.grad for p in wrapped.parameters() if p.grad is not None]
+        square = sum((part.to_local() if kind == "fully_shard" else part).square().sum() for part in parts)
+        assert isinstance(square, torch.Tensor)
+        torch.distributed.all_reduce(square)
+        torch.testing.assert_close(square, exact.square().sum(), rtol=1e-5, atol=0)
+        assert acceleration_report(wrapped).fused
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fully_shard", "FullyShardedDataParallel"])
+def test_two_processes_share_the_weights(kind: str, tmp_path: object) -> None:
+    torch.multiprocessing.spawn(_share_the_weights, args=(kind, f"{tmp_path}/store"), nprocs=2)
+
+
 def test_function_transforms() -> None:
     """vmap, functorch's gradients and forward-mode differentiation take the original path."""
     norm = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU())

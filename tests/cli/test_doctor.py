@@ -13,8 +13,7 @@ import pytest
 import torch
 
 import ddpm_fast as df
-from ddpm_fast import backends
-from ddpm_fast.cli import doctor
+from ddpm_fast import backends, selftest
 
 from .conftest import Outcome
 
@@ -29,7 +28,7 @@ def test_a_sound_installation_passes(cli: Cli) -> None:
     rows = [line.split() for line in done.out.split("allowed\n")[1].splitlines()]
     assert all(row[-1] == "ok" for row in rows)
     for backend in df.available_backends():
-        for op in ("random", "noising", "denoise", "target_loss", "bound", "norm_act", "rms_norm_act"):
+        for op in ("random", "noising", "denoise", "target_loss", "bound", "norm_act", "rms_norm_act", "conv"):
             assert any(row[0] == op and backend in row for row in rows)
 
 
@@ -44,10 +43,12 @@ def off_by(amount: float, function: Callable[..., torch.Tensor]) -> Callable[...
         ("denoise", "denoise learned"),
         ("group_norm_silu", "norm_act"),
         ("target_loss", "target_loss"),
+        ("conv3x3", "conv"),
+        ("linear_attention", "linear_attention"),
     ],
 )
 def test_an_op_that_is_a_little_wrong_fails(cli: Cli, monkeypatch: pytest.MonkeyPatch, name: str, test: str) -> None:
-    monkeypatch.setattr(doctor, name, off_by(1e-4, getattr(doctor, name)))
+    monkeypatch.setattr(selftest, name, off_by(1e-4, getattr(selftest, name)))
     done = cli("doctor")
     assert done.status == 1
     assert "FAILED" in done.out
@@ -57,7 +58,7 @@ def test_an_op_that_is_a_little_wrong_fails(cli: Cli, monkeypatch: pytest.Monkey
 
 
 def test_results_that_are_no_numbers_fail(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "group_norm_silu", off_by(float("nan"), doctor.group_norm_silu))
+    monkeypatch.setattr(selftest, "group_norm_silu", off_by(float("nan"), selftest.group_norm_silu))
     assert cli("doctor").status == 1
 
 
@@ -65,7 +66,7 @@ def test_an_op_that_raises_is_reported(cli: Cli, monkeypatch: pytest.MonkeyPatch
     def broken(*arguments: object, **options: object) -> None:
         raise RuntimeError("no such\nkernel")
 
-    monkeypatch.setattr(doctor, "q_sample", broken)
+    monkeypatch.setattr(selftest, "q_sample", broken)
     done = cli("doctor")
     assert done.status == 1
     assert "FAILED no such kernel" in done.out

@@ -25,6 +25,7 @@ from ddpm_fast.cli.sample import share
 from ddpm_fast.evaluation import to_uint8
 from ddpm_fast.nn import UNet
 from ddpm_fast.training import load_checkpoint
+from ddpm_fast.training.files import write_atomically
 
 from .conftest import Outcome, write_checkpoint
 
@@ -113,6 +114,22 @@ def test_a_shard_without_its_record_is_made_again(cli: Cli, options: list[object
     (whole / "manifest.json").write_text(json.dumps(manifest))
     assert cli("sample", *options, "--out", whole).out == f"{whole}: 1 shards made, 2 were there already\n"
     assert contents(whole) == before
+
+
+def test_a_shard_costs_two_writes_and_the_manifest_is_written_twice(
+    cli: Cli, options: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many there are: of 50,000 samples each is written once."""
+    written: list[str] = []
+
+    def count(path: Path, *arguments: Any, **keywords: Any) -> None:
+        written.append(path.name)
+        write_atomically(path, *arguments, **keywords)
+
+    monkeypatch.setattr("ddpm_fast.cli.sample.write_atomically", count)
+    assert cli("sample", *options, "-n", 40, "--steps", 1, "--threads", 1, "--out", tmp_path / "s").status == 0
+    shards = [f"samples-{first:05}.npy" for first in range(0, 40, 4)]
+    assert sorted(written) == sorted(["manifest.json"] * 2 + shards + [f".{name}.sha256" for name in shards])
 
 
 @pytest.mark.parametrize("size", [8, 12], ids=lambda size: f"shards-of-{size}")
@@ -215,7 +232,8 @@ def workers(process: subprocess.Popen[str]) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
-def test_a_killed_worker_of_three_is_made_good_by_two(checkpoint: Path, cli: Cli, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("processes", "then"), [(3, 2), (2, 3)], ids=["three-then-two", "two-then-three"])
+def test_a_killed_worker_is_made_good(checkpoint: Path, cli: Cli, tmp_path: Path, processes: int, then: int) -> None:
     """torchrun ends the others when one is killed; the next run, of another size, finds what each has finished."""
     options = ["-n", "60", "--micro-batch", "2", "--checkpoint", str(checkpoint), "--format", "npy"]
     assert cli("sample", *options, "--threads", 1, "--out", tmp_path / "whole").status == 0
@@ -223,7 +241,7 @@ def test_a_killed_worker_of_three_is_made_good_by_two(checkpoint: Path, cli: Cli
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = ["-m", "ddpm_fast", "sample", *options, "--out", str(folder)]
     process = subprocess.Popen(
-        [*torchrun, "--nproc-per-node=3", *command],
+        [*torchrun, f"--nproc-per-node={processes}", *command],
         env=environment(),
         cwd=tmp_path,
         stdout=subprocess.DEVNULL,
@@ -240,7 +258,7 @@ def test_a_killed_worker_of_three_is_made_good_by_two(checkpoint: Path, cli: Cli
     there = {path: path.stat().st_mtime_ns for path in finished(folder)}
     assert 0 < len(there) < 30
     done = subprocess.run(
-        [*torchrun, "--nproc-per-node=2", *command],
+        [*torchrun, f"--nproc-per-node={then}", *command],
         env=environment(),
         cwd=tmp_path,
         check=True,
@@ -248,7 +266,7 @@ def test_a_killed_worker_of_three_is_made_good_by_two(checkpoint: Path, cli: Cli
         text=True,
     )
     made = [int(number) for number in re.findall(r"(\d+) shards made", done.stdout)]
-    assert len(made) == 2
+    assert len(made) == then
     assert sum(made) == 30 - len(there)
     assert {path: path.stat().st_mtime_ns for path in there} == there
     assert contents(folder) == contents(tmp_path / "whole")
@@ -533,6 +551,30 @@ def test_an_error_in_one_thread_ends_the_others(
     assert done.err == "ddpm-fast: the network failed\n"
     assert len(calls) < 3 * 40
     assert sorted(contents(tmp_path / "s")) == ["manifest.json"]
+
+
+@pytest.mark.parametrize("full", ["manifest.json", "samples-00004.npy", ".samples-00004.npy.sha256", "grid.png"])
+def test_a_full_disk_loses_no_finished_shard(
+    cli: Cli, options: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str
+) -> None:
+    """/dev/full fails every write as a full disk does."""
+    options[-1] = "grid"
+    assert cli("sample", *options, "--out", tmp_path / "whole").status == 0
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    (folder := tmp_path / "s").mkdir()
+    for name in (f".{full}.tmp", f".{full}.7.tmp"):
+        (folder / name).symlink_to("/dev/full")
+    done = cli("sample", *options, "--threads", 1, "--out", folder)
+    assert (done.status, done.out) == (2, "")
+    assert f"{full}: No space left on device" in done.err
+    assert done.err.count("\n") == 1
+    for name in (f".{full}.tmp", f".{full}.7.tmp"):
+        (folder / name).unlink(missing_ok=True)
+    there = {path: path.stat().st_mtime_ns for path in finished(folder)}
+    assert len(there) == {"manifest.json": 0, "grid.png": 0}.get(full, 1)
+    assert cli("sample", *options, "--out", folder).status == 0
+    assert {path: path.stat().st_mtime_ns for path in there} == there
+    assert contents(folder) == contents(tmp_path / "whole")
 
 
 def test_the_shipped_checkpoint_is_the_default(cli: Cli, tmp_path: Path) -> None:

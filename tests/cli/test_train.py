@@ -119,6 +119,7 @@ def test_options_reach_the_trainer(cli: Cli, settings: list[Any], tmp_path: Path
         "--timestep-sampler": ("loss_second_moment", "timestep_sampler"),
         "--offset-noise": (0.125, "offset_noise"),
         "--precision": ("bfloat16", "precision"),
+        "--conv-mode": ("strict", "conv_mode"),
         "--accumulate": (5, "accumulate"),
         "--seed": (6, "seed"),
     }
@@ -165,6 +166,7 @@ def test_every_data_set_has_a_network_that_suits_it(dataset: str) -> None:
         (["--dataset", "digits", "--weighting", "snr"], "weighting must be one of"),
         (["--dataset", "digits", "--timestep-sampler", "even"], "timestep_sampler must be one of"),
         (["--dataset", "digits", "--precision", "half"], "precision must be one of"),
+        (["--dataset", "digits", "--conv-mode", "quick"], "conv_mode must be one of"),
         (["--dataset", "digits", "--accumulate", 3], "accumulate must divide batch_size 64"),
         (["--dataset", "digits", "--on-nan", "go"], "on_nan must be one of"),
         (["--dataset", "digits", "--prediction", "x_prev"], "prediction must be one of"),

@@ -78,7 +78,7 @@ LaunchCallback = Callable[[FakeLaunch], int]
 _callback_type = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(FakeLaunch))
 
 
-def _run(command: Sequence[str | os.PathLike[str]]) -> None:
+def run(command: Sequence[str | os.PathLike[str]]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{done.stdout}{done.stderr}")
@@ -91,7 +91,7 @@ def _compile_device(source: Path, folder: Path, architectures: Sequence[int]) ->
     targets = [f"-gencode=arch=compute_{a},code=compute_{a}" for a in architectures]
     out = folder / f"{source.stem}.o"
     keep = ["--keep", f"--keep-dir={kept}"]
-    _run([*nvcc.nvcc(), *NVCC_FLAGS, *targets, *_INCLUDES, *keep, "-c", source, "-o", out])
+    run([*nvcc.nvcc(), *NVCC_FLAGS, *targets, *_INCLUDES, *keep, "-c", source, "-o", out])
     for architecture in architectures:
         # nvcc names the file after the architecture only where there are several.
         name = f"{source.stem}.compute_{architecture}.ptx" if len(architectures) > 1 else f"{source.stem}.ptx"
@@ -100,16 +100,16 @@ def _compile_device(source: Path, folder: Path, architectures: Sequence[int]) ->
     return [out]
 
 
-def _compile_host(source: Path, folder: Path) -> list[Path]:
+def compile_host(source: Path, folder: Path) -> list[Path]:
     out = folder / f"{source.stem}.host.o"
     system = [f"-isystem{path}" for path in (sysconfig.get_path("include"), *cpp_extension.include_paths())]
-    _run([*CXX, *HOST_FLAGS, *_INCLUDES, *system, "-c", source, "-o", out])
+    run([*CXX, *HOST_FLAGS, *_INCLUDES, *system, "-c", source, "-o", out])
     return [out]
 
 
-def _compile_runtime(folder: Path) -> list[Path]:
+def compile_runtime(folder: Path) -> list[Path]:
     out = folder / f"{RUNTIME.stem}.o"
-    _run([*nvcc.nvcc(), "-std=c++17", "-O1", "-Xcompiler=-fPIC,-fvisibility=hidden", "-c", RUNTIME, "-o", out])
+    run([*nvcc.nvcc(), "-std=c++17", "-O1", "-Xcompiler=-fPIC,-fvisibility=hidden", "-c", RUNTIME, "-o", out])
     return [out]
 
 
@@ -133,11 +133,11 @@ def build(architectures: tuple[int, ...] = ARCHITECTURES) -> Path:
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             jobs = [pool.submit(_compile_device, s, scratch, architectures) for s in device_sources]
-            jobs += [pool.submit(_compile_host, s, scratch) for s in host_sources]
-            jobs.append(pool.submit(_compile_runtime, scratch))
+            jobs += [pool.submit(compile_host, s, scratch) for s in host_sources]
+            jobs.append(pool.submit(compile_runtime, scratch))
             objects = [path for job in jobs for path in job.result()]
         torch_libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
-        _run([*CXX, "-shared", *objects, *torch_libraries, "-o", scratch / "library.so"])
+        run([*CXX, "-shared", *objects, *torch_libraries, "-o", scratch / "library.so"])
         for path in objects:
             path.unlink()
         try:

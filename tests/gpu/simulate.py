@@ -128,9 +128,7 @@ class _Simulation(TorchDispatchMode):
             raise error
         return result
 
-    def _note(
-        self, kernel: str, grid: Iterable[int], block: int, shared: int, cluster: Iterable[int], run: Any
-    ) -> None:
+    def note(self, kernel: str, grid: Iterable[int], block: int, shared: int, cluster: Iterable[int], run: Any) -> None:
         stats, trace = run
         self.launches.append(Launch(kernel, tuple(grid), block, shared, tuple(cluster), stats, trace))
 
@@ -140,7 +138,7 @@ class _Simulation(TorchDispatchMode):
         named = zip(kernel.arg_names, args, strict=False)
         readonly = [name for name, a in named if isinstance(a, Tensor) and self._memory.is_readonly(a)]
         run = ptx_triton.run(kernel, grid, *args, target=self._target, readonly=readonly, **self._options, **keywords)
-        self._note(kernel.__name__, grid, 32 * keywords.get("num_warps", 4), 0, (1, 1, 1), run)
+        self.note(kernel.__name__, grid, 32 * keywords.get("num_warps", 4), 0, (1, 1, 1), run)
 
     def launch_cuda(self, launch: cuda_library.FakeLaunch) -> int:
         """What the fake CUDA runtime calls."""
@@ -157,7 +155,7 @@ class _Simulation(TorchDispatchMode):
             run = module.launch_buffer(
                 name, grid, block, bytes(parameters), self._memory.spans(), launch.shared, **options
             )
-            self._note(name, grid, block[0] * block[1] * block[2], launch.shared, cluster, run)
+            self.note(name, grid, block[0] * block[1] * block[2], launch.shared, cluster, run)
         except BaseException as error:  # must not cross the C++ frames above
             self._error = error
             return 1

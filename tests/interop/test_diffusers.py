@@ -129,6 +129,23 @@ def test_custom_timesteps_and_steps():
     assert torch.equal(sampler.timesteps, fresh.timesteps)
 
 
+@pytest.mark.parametrize("kind", ["DDPMScheduler", "DDIMScheduler"])
+def test_a_part_of_the_timesteps_keeps_the_schedulers_stride(kind):
+    """What image-to-image pipelines run: DDIM still looks back T // 20, not T // 8."""
+    scheduler, net, x = getattr(diffusers, kind)(), Net().eval(), torch.randn(SHAPE)
+    scheduler.set_timesteps(20)
+    part, generator = scheduler.timesteps[12:], torch.Generator().manual_seed(0)
+    expected = x
+    with torch.no_grad():
+        for t in part:
+            expected = scheduler.step(net(expected, t), t, expected, generator=generator).prev_sample
+    given = Sampler.from_diffusers(scheduler, net, timesteps=part)
+    scheduler.timesteps = part
+    for sampler in (given, Sampler.from_diffusers(scheduler, net)):
+        result = sampler.sample(SHAPE, x_T=x, generator=generator.manual_seed(0))
+        torch.testing.assert_close(result, expected, rtol=0, atol=TOLERANCE)
+
+
 def test_guidance_goes_before_the_raw_epsilon():
     scheduler = diffusers.DDIMScheduler()
     scheduler.set_timesteps(10)
@@ -286,8 +303,14 @@ def test_guided_is_closer_to_float64_than_the_schedulers_coefficients():
             ValueError,
             "no DDIM step with cond_fn and a clip",
         ),
+        (
+            type("Mine", (diffusers.DDIMScheduler,), {"step": lambda self, output, t, x: x}),
+            {},
+            ValueError,
+            "Mine has a step of its own",
+        ),
     ],
-    ids=["pndm", "learned", "prediction", "ddpm", "coefficients", "float", "both", "minus-one", "cond_fn"],
+    ids=["pndm", "learned", "prediction", "ddpm", "coefficients", "float", "both", "minus-one", "cond_fn", "subclass"],
 )
 def test_refusals(make, options, error, message):
     with pytest.raises(error, match=message):
@@ -457,9 +480,23 @@ def test_tables_follow_the_timesteps():
         torch.testing.assert_close(ours.step(output, t, x).prev_sample, expected, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("cut", [slice(3, None), slice(None, None, 2), slice(9, None)], ids=["end", "half", "one"])
 @pytest.mark.parametrize("kind", PAIRS)
-def test_an_unmodified_pipeline_gives_the_same_images(kind):
-    unet = diffusers.UNet2DModel(
+def test_timesteps_of_the_users_own_cut(kind, cut):
+    """A view of the scheduler's timesteps in their place, and timesteps that are views of another's memory."""
+    theirs, ours = pair(kind, 10)
+    x, output = torch.randn(2, *SHAPE)
+    before = list(ours.timesteps)
+    for scheduler in (theirs, ours):
+        scheduler.timesteps = scheduler.timesteps[cut]
+    for t in before[cut] + list(ours.timesteps) + list(theirs.timesteps):
+        noise = [{"generator": torch.Generator().manual_seed(1)} for _ in range(2)]
+        expected = theirs.step(output, t, x, **noise[0]).prev_sample
+        torch.testing.assert_close(ours.step(output, t, x, **noise[1]).prev_sample, expected, rtol=0, atol=TOLERANCE)
+
+
+def small_unet() -> nn.Module:
+    return diffusers.UNet2DModel(
         sample_size=8,
         layers_per_block=1,
         block_out_channels=(8,),
@@ -467,14 +504,33 @@ def test_an_unmodified_pipeline_gives_the_same_images(kind):
         down_block_types=("DownBlock2D",),
         up_block_types=("UpBlock2D",),
     )
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_an_unmodified_pipeline_gives_the_same_images(kind):
     theirs, ours = pair(kind, None)
-    pipeline = (diffusers.DDPMPipeline if kind == "ddpm" else diffusers.DDIMPipeline)(unet, theirs)
+    pipeline = (diffusers.DDPMPipeline if kind == "ddpm" else diffusers.DDIMPipeline)(small_unet(), theirs)
     pipeline.set_progress_bar_config(disable=True)
     call = {"batch_size": 2, "num_inference_steps": 5, "output_type": "np"}
     expected = pipeline(generator=torch.Generator().manual_seed(0), **call).images
     pipeline.scheduler = ours
     result = pipeline(generator=torch.Generator().manual_seed(0), **call).images
     assert abs(result - expected).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_configurations_are_saved_and_loaded(kind, tmp_path):
+    slow, fast = PAIRS[kind]
+    pipeline = (diffusers.DDPMPipeline if kind == "ddpm" else diffusers.DDIMPipeline)(small_unet(), slow())
+    pipeline.scheduler = fast.from_config(pipeline.scheduler.config, clip_sample_range=1.5)
+    pipeline.save_pretrained(tmp_path)
+    loaded = type(pipeline).from_pretrained(tmp_path)
+    # DDIMPipeline makes a DDIMScheduler of whatever it is given; other pipelines take what was saved.
+    assert type(loaded.scheduler) is (fast if kind == "ddpm" else slow)
+    for cls in (slow, fast):
+        scheduler = cls.from_pretrained(tmp_path, subfolder="scheduler")
+        assert type(scheduler) is cls
+        assert scheduler.config.clip_sample_range == loaded.scheduler.config.clip_sample_range == 1.5
 
 
 def test_without_diffusers_the_error_names_the_extra(monkeypatch):

@@ -11,6 +11,7 @@ import torch
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.schedule import NoiseSchedule
 from tests.originals.guided import GaussianDiffusion, ModelMeanType, ModelVarType
+from tests.originals.latent_diffusion import LatentDiffusion
 from tests.originals.network import Net
 
 SHAPE = (2, 3, 8, 8)
@@ -109,6 +110,27 @@ def test_refusals(change, options, error, message):
         Sampler.from_guided(diffusion, Net(), **options)
 
 
+def test_a_subclass_is_refused_where_it_samples_differently():
+    class Guided(GaussianDiffusion):
+        def p_sample_loop(self, *args, **kwargs):
+            return super().p_sample_loop(*args, **kwargs)
+
+    diffusion = Guided(BETAS)
+    with pytest.raises(ValueError, match="Guided has a p_sample_loop of its own, which a Sampler cannot stand in for"):
+        Sampler.from_guided(diffusion, Net())
+    assert Sampler.from_guided(diffusion, Net(), solver="ddim").steps == 1000  # whose loop is the original's
+    Guided.__name__ = "SpacedDiffusion"  # openai's own subclass, whose methods call those of its base
+    assert Sampler.from_guided(diffusion, Net()).steps == 1000
+    diffusion.ddim_sample_loop = lambda *args, **kwargs: None
+    with pytest.raises(ValueError, match="SpacedDiffusion has a ddim_sample_loop of its own"):
+        Sampler.from_guided(diffusion, Net(), solver="ddim")
+
+
 def test_another_object_is_refused():
-    with pytest.raises(TypeError, match="Net has no 'betas' and is no GaussianDiffusion of openai's"):
-        Sampler.from_guided(Net(), Net())
+    with pytest.raises(TypeError, match="object has no 'betas' and is no GaussianDiffusion of openai's"):
+        Sampler.from_guided(object(), Net())
+
+
+def test_modules_with_tables_of_the_same_names_are_refused():
+    with pytest.raises(TypeError, match=r"LatentDiffusion is an nn\.Module and no GaussianDiffusion of openai's"):
+        Sampler.from_guided(LatentDiffusion(Net(4)), Net(4))

@@ -13,12 +13,12 @@ SHAPE = (2, 4, 8, 8)
 C, UC = torch.tensor([1.0, -2.0]), torch.zeros(2)
 
 
-@pytest.mark.parametrize("v_posterior", [0.0, 0.3])
+@pytest.mark.parametrize(("timesteps", "v_posterior"), [(100, 0.0), (100, 0.3), (1000, 0.0)])
 @pytest.mark.parametrize("clip", [False, True], ids=["noclip", "clip"])
 @pytest.mark.parametrize("parameterization", ["eps", "x0", "v"])
-def test_ddpm_is_bit_equal(parameterization, clip, v_posterior):
-    """100 betas of its own: its buffers are float32, and are read, not computed."""
-    ldm = LatentDiffusion(Net(4), 100, parameterization, clip, v_posterior)
+def test_ddpm_is_bit_equal(parameterization, clip, timesteps, v_posterior):
+    """Betas of its own: its buffers are float32, and are read, not computed."""
+    ldm = LatentDiffusion(Net(4), timesteps, parameterization, clip, v_posterior)
     torch.manual_seed(0)
     expected = ldm.p_sample_loop(C, SHAPE)
     torch.manual_seed(0)
@@ -91,6 +91,17 @@ def test_refusals(change, options, error, message):
         setattr(ldm, name, value)
     with pytest.raises(error, match=message):
         Sampler.from_latent_diffusion(ldm, **options)
+
+
+def test_a_subclass_is_refused_where_it_samples_differently():
+    class Upscaling(LatentDiffusion):
+        def p_sample_loop(self, *args, **kwargs):
+            return super().p_sample_loop(*args, **kwargs)
+
+    with pytest.raises(ValueError, match="Upscaling has a p_sample_loop of its own"):
+        Sampler.from_latent_diffusion(Upscaling(Net(4)))
+    # DDIMSampler and PLMSSampler have loops of their own, and ask the model for its network alone.
+    assert Sampler.from_latent_diffusion(Upscaling(Net(4)), solver="ddim", steps=50).steps == 50
 
 
 def test_another_object_is_refused():

@@ -41,6 +41,12 @@ def test_ancestral_loop_is_bit_equal(schedule, objective, normalize):
     assert (result.min() >= 0) == normalize
 
 
+@pytest.mark.parametrize("objective", ["pred_noise", "pred_x0"])
+def test_a_thousand_steps_are_bit_equal(objective):
+    expected, result = both(diffusion(timesteps=1000, beta_schedule="linear", objective=objective))
+    assert torch.equal(result, expected)
+
+
 def test_self_conditioning_is_bit_equal():
     expected, result = both(diffusion(Net(self_condition=True)))
     assert torch.equal(result, expected)
@@ -99,7 +105,7 @@ def test_another_solver_may_be_asked_for():
             ValueError,
             "LearnedGaussianDiffusion with objective='pred_x0'",
         ),
-        (Net, {}, TypeError, "type has no 'model_predictions'"),
+        (Net, {}, TypeError, "Net has no 'model_predictions'"),
     ],
     ids=["prediction", "clip", "nan", "learned", "other"],
 )

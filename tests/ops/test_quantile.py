@@ -14,11 +14,12 @@ from ddpm_fast.backends.reference.quantile import rank_of
 from ddpm_fast.ops import abs_quantile
 from ddpm_fast.ops.quantile import ABS_QUANTILE
 
-from .common import SHAPES_AND_LAYOUTS, laid_out, same_bits, shape_and_layout_id
+from .common import SHAPES_AND_LAYOUTS, bits_of_torchs_quantile, laid_out, same_bits, shape_and_layout_id
 
 QUANTILES = [0.0, 0.1, 0.5, 0.95, 0.995, 0.9999, 1.0]
 
 
+@bits_of_torchs_quantile
 @pytest.mark.parametrize("case", SHAPES_AND_LAYOUTS, ids=shape_and_layout_id)
 def test_is_torchs_quantile(backend: str, case: tuple[tuple[int, ...], str]) -> None:
     x = laid_out(torch.randn(case[0]), case[1])
@@ -32,12 +33,22 @@ def test_is_torchs_quantile(backend: str, case: tuple[tuple[int, ...], str]) -> 
 
 
 @pytest.mark.parametrize("q", QUANTILES)
+def test_is_the_exact_quantile_but_for_the_rounding_of_its_rank(backend: str, q: float) -> None:
+    x = torch.randn(3, 3 * 32 * 32)
+    exact = torch.quantile(x.double().abs(), q, dim=1)
+    gaps = x.double().abs().sort(dim=1).values.diff(dim=1).amax(dim=1)
+    # The rank and q are float32, and the value is.
+    assert ((abs_quantile(x, q) - exact).abs() <= 2.0**-22 * x.shape[1] * gaps + 2.0**-22 * exact).all()
+
+
+@pytest.mark.parametrize("q", QUANTILES)
 def test_float64_is_the_references(q: float) -> None:
     x = torch.randn(3, 1001, dtype=torch.float64)
     expected = torch.quantile(x.abs(), q, dim=1)
     torch.testing.assert_close(abs_quantile(x, q), expected, rtol=2.0**-52, atol=0)
 
 
+@bits_of_torchs_quantile
 @settings(max_examples=200, deadline=None)
 @given(
     values=st.lists(st.floats(width=32, allow_nan=True, allow_infinity=True), min_size=1, max_size=40),

@@ -149,14 +149,15 @@ def test_opcheck() -> None:
         torch.library.opcheck(NOISING_DRAWN[backend], (x0, t, table, seed, None, step, 2, torch.empty_like(output)))
 
 
-def test_compiles_into_one_graph(backend: str) -> None:
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_into_one_graph(backend: str, compiler: str) -> None:
     x0, t = images((2, 3, 8, 8)), rows(2)
 
     def f(output: Tensor) -> Tensor:
         return target_loss(output, x0, t, TABLE, seed=3).sum() * 2
 
     grads = []
-    for function in (f, torch.compile(f, fullgraph=True)):
+    for function in (f, torch.compile(f, fullgraph=True, backend=compiler)):
         torch.manual_seed(1)
         output = torch.randn(2, 3, 8, 8, requires_grad=True)
         function(output).backward()

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import ddpm_fast as df
 from ddpm_fast.cascade import low_resolution
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.schedule import NoiseSchedule
@@ -152,3 +153,22 @@ def test_the_decoders_cascade_from_the_same_torch_seed(decoder, capsys):
         assert theirs.std() > 0.05
         # The exponential of a learned variance is ours, and the upper bound a float64 logarithm; measured 5e-7.
         torch.testing.assert_close((ours + 1) * 0.5, theirs, rtol=0, atol=3e-6)
+
+
+def test_the_decoders_network_accelerates():
+    """Every GroupNorm of its blocks, with scale, shift and SiLU; its LayerNorms are named."""
+    torch.manual_seed(1)
+    unet = package.Unet(8, image_embed_dim=DIM, cond_dim=8, dim_mults=(1, 2), resnet_groups=4, attn_heads=2)
+    unet.eval()
+    nn.init.normal_(unet.to_out.weight, std=0.1)  # which starts from zero
+    x, t, image_embed = torch.randn(2, 3, 8, 8), torch.tensor([3, 40]), torch.randn(2, DIM)
+    with torch.no_grad():
+        expected = unet(x, t, image_embed=image_embed)
+        df.accelerate(unet)
+        result, report = unet(x, t, image_embed=image_embed), df.acceleration_report(unet)
+        assert torch.equal(df.restore(unet)(x, t, image_embed=image_embed), expected)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    norms = {name for name, module in unet.named_modules() if isinstance(module, nn.GroupNorm)}
+    assert set(report.fused) == norms
+    assert all(text == "GroupNorm [+ scale/shift] + SiLU" for text in report.patterns.values())
+    assert all(reason.startswith("LayerNorm is neither") for reason in report.skipped.values())

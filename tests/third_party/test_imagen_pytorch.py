@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import ddpm_fast as df
 from ddpm_fast.cascade import low_resolution
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.schedule import NoiseSchedule
@@ -99,3 +100,19 @@ def test_the_cascade_from_the_same_torch_seed(imagen):
         assert theirs.std() > 0.05
         # Its tables are float32, down to an alpha of 4e-8, and it guides by c + (w - 1) * (c - u); measured 4e-7.
         torch.testing.assert_close((ours + 1) * 0.5, theirs, rtol=0, atol=3e-6)
+
+
+def test_its_network_accelerates(imagen):
+    """Every ChanRMSNorm with its scale, shift and SiLU; its LayerNorms, of which there is no fused op, are named."""
+    unet, x, t = imagen.unets[0], torch.randn(2, 3, 8, 8), torch.tensor([0.3, -2.0])
+    with torch.no_grad():
+        expected = unet(x, t, text_embeds=TEXT)
+        df.accelerate(unet)
+        result, report = unet(x, t, text_embeds=TEXT), df.acceleration_report(unet)
+        assert torch.equal(df.restore(unet)(x, t, text_embeds=TEXT), expected)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    norms = {name for name, module in unet.named_modules() if isinstance(module, package.ChanRMSNorm)}
+    assert set(report.fused) == norms
+    assert all(text == "RMSNorm [+ scale/shift] + SiLU" for text in report.patterns.values())
+    assert report.skipped
+    assert all(reason.startswith("LayerNorm is neither") for reason in report.skipped.values())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -84,43 +84,82 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(
     assert_same(straight, everything(tmp_path))
 
 
-@pytest.mark.parametrize("full", ["simulated", "limited"])
-def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str) -> None:
+# Trains on a disk that is full from step 7 on, and says how that ended.
+FULL_DISK = """
+import contextlib, json, resource, signal, sys
+from pathlib import Path
+import torch
+from ddpm_fast.training import TrainConfig, train
+from tests.training.test_trainer import synthetic
+
+how, config, folder, threads = sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+torch.set_num_threads(threads)
+
+def fill(step, loss):
+    if step != 7:
+        return
+    if how == "file-size-limit":
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+    else:
+        with contextlib.suppress(OSError), open(folder.parent / "ballast", "wb", buffering=0) as ballast:
+            while True:
+                ballast.write(bytes(4096))
+
+try:
+    train(TrainConfig.from_dict(config), folder, data=synthetic(), callback=fill, checkpoint_every=5, log_every=1)
+except OSError as error:
+    print(error)
+"""
+
+
+def on_a_small_disk(command: list[str], disk: Path, kept: Path) -> list[str]:
+    """The command with a file system of its own, of a few checkpoints, at `disk`; what it leaves goes to `kept`."""
+    script = 'disk=$0; kept=$1; shift; mount -t tmpfs -o size=4m none "$disk" && "$@" && cp -r "$disk/run" "$kept"'
+    return ["unshare", "--map-root-user", "--mount", "sh", "-c", script, str(disk), str(kept), *command]
+
+
+@pytest.mark.parametrize("how", ["file-size-limit", "small-disk"])
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, how: str) -> None:
+    """The system itself refuses, in safetensors' own code."""
     data, options = synthetic(), {"checkpoint_every": 5, "log_every": 1}
     train(CONFIG, tmp_path / "straight", data=data, **options)
-    if full == "simulated":
-        save_file = trainer.save_state.__globals__["write_tensors"].__globals__["save_file"]
+    folder, disk = tmp_path / "run", tmp_path / "disk"
+    disk.mkdir()
+    where = folder if how == "file-size-limit" else disk / "run"
+    arguments = [how, json.dumps(CONFIG.to_dict()), str(where), str(torch.get_num_threads())]
+    command = [sys.executable, "-c", FULL_DISK, *arguments]
+    if how == "small-disk":
+        command = on_a_small_disk(command, disk, folder)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if how == "small-disk" and re.search("unshare|mount", done.stderr):
+        pytest.skip(f"no file system of one's own here: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+    reason = "File too large" if how == "file-size-limit" else "No space left on device"
+    assert re.search(rf"step 10: no checkpoint could be written .*{reason}.* is whole: resume from it", done.stdout)
+    assert {path.name for path in folder.iterdir()} == {STATE_FILE, MODEL_FILE, LOG_FILE}
+    train(CONFIG, folder, data=data, resume=True, **options)
+    assert_same(everything(tmp_path / "straight"), everything(folder))
 
-        def no_space(tensors: Any, path: Path, metadata: Any) -> None:
-            save_file({}, path)  # part of it is there when the disk is full
-            raise OSError(errno.ENOSPC, "No space left on device")
 
-        def fill(step: int, loss: float) -> None:
-            if step == 7:
-                monkeypatch.setattr("ddpm_fast.training.files.save_file", no_space)
+def test_a_disk_too_full_for_the_log(tmp_path: Path) -> None:
+    """/dev/full fails every write as a full disk does."""
+    data, options = synthetic(), {"checkpoint_every": 5, "log_every": 1}
+    train(CONFIG, tmp_path / "straight", data=data, **options)
+    log = tmp_path / "run" / LOG_FILE
 
-        with pytest.raises(OSError, match=r"step 10: no checkpoint could be written .*No space left .* is whole"):
-            train(CONFIG, tmp_path / "full", data=data, callback=fill, **options)
-        monkeypatch.undo()
-    else:
-        # A limit of the system on a file's size: the write itself fails, in safetensors' own code.
-        script = (
-            "import json, resource, signal, sys; from ddpm_fast.training import TrainConfig, train;"
-            "from tests.training.test_trainer import synthetic;"
-            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-            "fill = lambda step, loss: step == 7 and resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000));"
-            "import torch; torch.set_num_threads(int(sys.argv[3]));"
-            "train(TrainConfig.from_dict(json.loads(sys.argv[1])), sys.argv[2], data=synthetic(), callback=fill,"
-            "checkpoint_every=5, log_every=1)"
-        )
-        arguments = [json.dumps(CONFIG.to_dict()), str(tmp_path / "full"), str(torch.get_num_threads())]
-        done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
-        assert done.returncode == 1
-        assert "OSError: step 10: no checkpoint could be written" in done.stderr
-        assert "is whole: resume from it" in done.stderr
-    assert {path.name for path in (tmp_path / "full").iterdir()} == {STATE_FILE, MODEL_FILE, LOG_FILE}
-    train(CONFIG, tmp_path / "full", data=data, resume=True, **options)
-    assert_same(everything(tmp_path / "straight"), everything(tmp_path / "full"))
+    def fill(step: int, loss: float) -> None:
+        if step == 7:
+            log.rename(tmp_path / "kept")
+            log.symlink_to("/dev/full")
+
+    with pytest.raises(
+        OSError, match=r"step 8: the log could not be written .*No space left.* is whole: resume from it"
+    ):
+        train(CONFIG, tmp_path / "run", data=data, callback=fill, **options)
+    (tmp_path / "kept").rename(log)
+    train(CONFIG, tmp_path / "run", data=data, resume=True, **options)
+    assert_same(everything(tmp_path / "straight"), everything(tmp_path / "run"))
 
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, steps: set[int], indices: list[int], value: float = float("nan")) -> None:

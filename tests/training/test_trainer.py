@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from ddpm_fast.nn import UNetConfig
+from ddpm_fast.nn import Conv3x3, UNetConfig
 from ddpm_fast.training import ImageData, TrainConfig, averaged_model, load_checkpoint, train
 from ddpm_fast.training.files import read_tensors, write_tensors
 from ddpm_fast.training.trainer import LOG_FILE, MODEL_FILE, STATE_FILE
@@ -185,6 +185,7 @@ def test_config_round_trips_through_json() -> None:
         ("dataset", "imagenet"), ("loss", "l3"), ("loss", "hybrid"), ("variance", "small"),
         ("variance", "learned_range"),
         ("weighting", "snr"), ("timestep_sampler", "even"), ("precision", "float16"), ("accumulate", 3),
+        ("conv_mode", "quick"),
         ("accumulate", 0), ("offset_noise", -0.1), ("prediction", "x_prev"), ("lr_decay", "step"), ("steps", 0),
         ("batch_size", 2.0), ("seed", -1), ("timesteps", True), ("learning_rate", 0.0), ("learning_rate", float("nan")),
         ("gradient_clip", -1.0), ("weight_decay", -1.0), ("ema_decay", 1.0),
@@ -256,6 +257,24 @@ def test_checkpointed_gradients_are_the_same_bits(tmp_path: Path) -> None:
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+def test_the_mode_of_the_convolutions_is_that_of_the_trained_network_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def modes(model: nn.Module) -> set[str]:
+        return {module.mode for module in model.modules() if isinstance(module, Conv3x3)}
+
+    seen: set[str] = set()
+
+    def spy(model: nn.Module, schedule: object, x0: torch.Tensor, t: object, **options: object) -> torch.Tensor:
+        seen.update(modes(model))
+        return sum(p.sum() for p in model.parameters()) * torch.zeros(len(x0))
+
+    monkeypatch.setattr("ddpm_fast.training.trainer.diffusion_loss", spy)
+    result = train(dataclasses.replace(CONFIG, steps=1, conv_mode="strict"), tmp_path, data=synthetic())
+    assert seen == {"strict"}
+    assert modes(result.model) == {"exact"}
+
+
 def test_bfloat16_learns(tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, steps=60, batch_size=16, learning_rate=3e-3, precision="bfloat16")
     log = train(config, tmp_path, data=synthetic(64), log_every=30).log
@@ -267,7 +286,7 @@ def test_bfloat16_learns(tmp_path: Path) -> None:
 def test_a_run_of_before_the_newer_fields_goes_on(tmp_path: Path) -> None:
     train(dataclasses.replace(CONFIG, steps=2), tmp_path, data=synthetic())
     tensors, header = read_tensors(tmp_path / STATE_FILE, "training")
-    for field in ("variance", "weighting", "accumulate", "precision"):
+    for field in ("variance", "weighting", "accumulate", "precision", "conv_mode"):
         del header["config"][field]
     del header["config"]["unet"]["self_condition"], header["averaged"]
     header["interval"].pop()
