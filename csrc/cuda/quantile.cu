@@ -44,10 +44,9 @@ static __device__ uint32_t bin_of(const uint32_t* counts, int bins, uint32_t& ra
     scratch[kThreads / 32 + 1] = left;
   }
   __syncthreads();
-  const uint32_t bin = scratch[kThreads / 32];
+  // No barrier behind these: another call writes the two after its first one.
   rank = scratch[kThreads / 32 + 1];
-  __syncthreads();  // before the scratch is used again
-  return bin;
+  return scratch[kThreads / 32];
 }
 
 // The first `digits` digits of the key at a rank, as one number.
@@ -78,6 +77,7 @@ DDPM_FAST_INLINE void for_each_key(const float* x, const QuantileLayout& layout,
 template <int kDigit>
 __global__ void __launch_bounds__(kThreads) count_kernel(const float* x, Counts* counts, QuantileLayout layout) {
   constexpr int kBins = bins_of(kDigit), kShift = shift_of(kDigit);
+  static_assert(kBins % kThreads == 0);
   __shared__ uint32_t local[kBins];
   __shared__ uint32_t scratch[kThreads / 32 + 2];
 #pragma unroll 1
@@ -85,7 +85,8 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const float* x, Counts*
     Counts& own = counts[n];
     uint32_t rank = layout.rank;
     const uint32_t prefix = prefix_of(own, kDigit, rank, scratch);
-    for (int i = threadIdx.x; i < kBins; i += kThreads) local[i] = 0;
+#pragma unroll
+    for (int i = 0; i < kBins / kThreads; ++i) local[i * kThreads + threadIdx.x] = 0;
     __syncthreads();
     bool has_nan = false;
     for_each_key(x, layout, n, [&](uint32_t key) {
@@ -94,9 +95,12 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const float* x, Counts*
     });
     if (kDigit == 0 && has_nan) atomicOr(&own.has_nan, 1u);
     __syncthreads();
-    for (int i = threadIdx.x; i < kBins; i += kThreads)
-      if (local[i] != 0) atomicAdd(&own.digit[kDigit][i], local[i]);
-    __syncthreads();
+    // Each thread clears for the next sample what it adds up of this one.
+#pragma unroll
+    for (int i = 0; i < kBins / kThreads; ++i) {
+      const int bin = i * kThreads + threadIdx.x;
+      if (local[bin] != 0) atomicAdd(&own.digit[kDigit][bin], local[bin]);
+    }
   }
 }
 

@@ -152,7 +152,7 @@ __device__ __forceinline__ void sum_over_row(const Tile& tile, const Value& valu
   }
 }
 
-// put(element, sum) for each element of a row: the sum over all rows.
+// put(element, sum) for each element of a row: the sum over all rows. Ends with a barrier.
 template <class T, class Tile, class Value, class Put>
 __device__ __forceinline__ void sum_over_rows(const Tile& tile, const Value& value, const Put& put) {
   constexpr int V = kWidth<T>;
@@ -234,10 +234,10 @@ __global__ void __launch_bounds__(kRmsThreads, 3)
   };
   if constexpr (kLast) {
     sum_over_row<T>(tile, squares, put);
+    __syncthreads();
   } else {
     sum_over_rows<T>(tile, squares, put);
   }
-  __syncthreads();
   T* const to = out + tile.offset(op, op.out_stride);
   const bool aligned = rows_aligned(to, tile.row_stride(op));
 #pragma unroll 1
@@ -321,7 +321,7 @@ __global__ void __launch_bounds__(kRmsThreads, 2)
     sum_over_row<T>(tile, products, put_product);
     sum_over_row<T>(tile, gradients, put_gradient);
   }
-  __syncthreads();
+  // Either way a barrier has passed since put_along.
   if (grad_x == nullptr) return;
   T* const to = grad_x + tile.offset(op, op.out_stride);
   const bool aligned = rows_aligned(to, tile.row_stride(op));
@@ -342,38 +342,35 @@ __global__ void __launch_bounds__(kRmsThreads, 2)
 constexpr int kRmsRows = 8;
 
 // The sums of a sample's tiles, and with them the gradients of scale and shift. Threads of a warp take channels side by
-// side, its warps tiles; a block's x counts the channels, y the samples.
+// side, its warps tiles; a sample has a block for each warp of channels.
 static __global__ void __launch_bounds__(kWarp * kRmsRows)
     rms_norm_act_sums(const float2* of_tiles, float2* of_samples, const void* weight, float* grad_scale,
-                      float* grad_shift, int64_t samples, const RmsNormActOp op) {
+                      float* grad_shift, const RmsNormActOp op) {
   __shared__ double2 of_rows[kRmsRows][kWarp];
-  const int channel = blockIdx.x * kWarp + lane();
-#pragma unroll 1
-  for (int64_t n = blockIdx.y; n < samples; n += gridDim.y) {
-    double2 total = make_double2(0, 0);
-    if (channel < op.channels) {
+  const unsigned across = static_cast<unsigned>(op.channels + kWarp - 1) / kWarp;
+  const int64_t n = blockIdx.x / across;
+  const int channel = static_cast<int>(blockIdx.x % across) * kWarp + lane();
+  double2 total = make_double2(0, 0);
+  if (channel < op.channels) {
 #pragma unroll 4
-      for (int i = warp(); i < op.tiles; i += kRmsRows) {
-        const float2 part = of_tiles[(n * op.tiles + i) * op.channels + channel];
-        total.x += static_cast<double>(part.x);
-        total.y += static_cast<double>(part.y);
-      }
+    for (int i = warp(); i < op.tiles; i += kRmsRows) {
+      const float2 part = of_tiles[(n * op.tiles + i) * op.channels + channel];
+      total.x += static_cast<double>(part.x);
+      total.y += static_cast<double>(part.y);
     }
-    of_rows[warp()][lane()] = total;
-    __syncthreads();
-    if (warp() == 0 && channel < op.channels) {
-      for (int row = 1; row < kRmsRows; ++row) {
-        total.x += of_rows[row][lane()].x;
-        total.y += of_rows[row][lane()].y;
-      }
-      const int64_t at = n * op.channels + channel;
-      const double w = weight ? static_cast<double>(parameter(weight, op.weight, 0, channel)) : 1.0;
-      of_samples[at] = make_float2(static_cast<float>(total.x), static_cast<float>(total.y));
-      if (grad_scale) grad_scale[at] = static_cast<float>(w * total.x);
-      if (grad_shift) grad_shift[at] = static_cast<float>(total.y);
-    }
-    __syncthreads();
   }
+  of_rows[warp()][lane()] = total;
+  __syncthreads();
+  if (warp() != 0 || channel >= op.channels) return;
+  for (int row = 1; row < kRmsRows; ++row) {
+    total.x += of_rows[row][lane()].x;
+    total.y += of_rows[row][lane()].y;
+  }
+  const int64_t at = n * op.channels + channel;
+  const double w = weight ? static_cast<double>(parameter(weight, op.weight, 0, channel)) : 1.0;
+  of_samples[at] = make_float2(static_cast<float>(total.x), static_cast<float>(total.y));
+  if (grad_scale) grad_scale[at] = static_cast<float>(w * total.x);
+  if (grad_shift) grad_shift[at] = static_cast<float>(total.y);
 }
 
 static __global__ void __launch_bounds__(kWarp * kRmsRows)

@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.gpu import cuda_library, gates, simulate
 from tests.gpu.ptx import metrics, nvcc, sass
 from tests.gpu.simulate import Launch
-from tests.gpu.triton_runs import SCHEDULES
+from tests.gpu.triton_runs import MANY, SCHEDULES
 from tests.ops.common import same_bits
 
 ARCHITECTURES = cuda_library.ARCHITECTURES
@@ -23,11 +23,11 @@ ONE_PROCESSOR = 1
 
 
 def under_every_schedule(
-    op: Callable[[], tuple[Tensor, ...]], target: int, processors: int | None = None
+    op: Callable[[], tuple[Tensor, ...]], target: int, processors: int | None = None, samples: int = 1
 ) -> tuple[Tensor, ...]:
-    """What `op` returns, the same bits whatever the order of the threads."""
+    """As that of triton_runs.py; `processors` as for `simulate.backend`."""
     results = []
-    for options in SCHEDULES:
+    for options in SCHEDULES[:1] if samples >= MANY else SCHEDULES:
         with simulate.backend("cuda", target, processors=processors, **options) as launches:
             results.append(op())
         assert launches

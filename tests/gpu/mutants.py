@@ -56,11 +56,16 @@ def _with_operand(x: Instr, k: int, text: str) -> Instr:
 
 
 def _changed_constant(operand: str) -> str | None:
-    """Another constant: the next integer, a float off by 2^-10 of itself, a neighbouring address."""
+    """Another constant: the next integer, a float off by 2^-10 of itself, one for a float of zero, a neighbouring
+    address."""
     if re.fullmatch(r"-?\d+", operand):
         return str(int(operand) + 1)
     if m := re.fullmatch(r"0[fF]([0-9a-fA-F]{8})", operand):
-        return f"0f{int(m[1], 16) ^ 1 << 13:08X}"
+        bits = int(m[1], 16)
+        return f"0f{bits ^ 1 << 13 if bits else 0x3F800000:08X}"
+    if m := re.fullmatch(r"0[dD]([0-9a-fA-F]{16})", operand):
+        bits = int(m[1], 16)
+        return f"0d{bits ^ 1 << 42 if bits else 0x3FF0000000000000:016X}"
     if m := re.fullmatch(r"\[(\S+?)\+(\d+)\]", operand):
         return f"[{m[1]}+{int(m[2]) + 4}]"
     return None
@@ -94,18 +99,18 @@ def mutants_of(x: Instr) -> Iterator[Mutant]:
 
 
 class _MutatedTranslation(Translation):
-    preamble = 'extern "C" __attribute__((visibility("default"))) int ptx_mutant = -1, ptx_reached = 0;'
-
     def __init__(self, parsed: Parsed, kernels: dict[str, Function], mutants: list[Mutant]) -> None:
         self._numbers: dict[int, list[tuple[int, Mutant]]] = {}
         for number, mutant in enumerate(mutants):
             self._numbers.setdefault(id(mutant.before), []).append((number, mutant))
         self.illegal: set[int] = set()
+        exported = 'extern "C" __attribute__((visibility("default")))'
+        self.preamble = f"{exported} int ptx_mutant = -1; {exported} u8 ptx_reached[{max(len(mutants), 1)}] = {{}};"
         super().__init__(parsed, kernels)
 
     def instruction(self, f: Function, x: Instr, names: Names) -> str:
         original = super().instruction(f, x, names)
-        cases = []
+        cases = {}
         for number, mutant in self._numbers.get(id(x), []):
             known = len(self.unsupported)
             changed = super().instruction(f, mutant.after, names) if mutant.after else ";"
@@ -113,38 +118,48 @@ class _MutatedTranslation(Translation):
                 self.illegal.add(number)
                 del self.unsupported[known:]
             else:
-                cases.append(f"case {number}: {{ ptx_reached = 1; {changed} }} break;")
-        return f"switch (ptx_mutant) {{ {' '.join(cases)} default: {{ {original} }} }}" if cases else original
+                cases[number] = f"case {number}: {{ {changed} }} break;"
+        if not cases:
+            return original
+        reached = "".join(f"ptx_reached[{number}] = " for number in cases)
+        return f"{reached}1; switch (ptx_mutant) {{ {' '.join(cases.values())} default: {{ {original} }} }}"
 
 
 class MutatedModule(Module):
     """A module of one kernel with its mutants; `alive` chooses one, None the kernel as it is.
 
     Attributes:
+        name: the kernel's.
         possible: how many mutants there are in all.
         mutants: those drawn, by number.
-        launches: how often the kernel was launched.
     """
 
-    def __init__(self, ptx: str, kernel: str, most: int, seed: int = 0, cache: Path = CACHE) -> None:
+    def __init__(self, ptx: str, kernel: str, most: int, seed: int = 0, cache: Path = CACHE, name: str = "") -> None:
         """most: mutants that are drawn at random, an even share of every kind, where there are more."""
-        self._kernel, self._most, self._seed = kernel, most, seed
-        self.launches = 0
+        self.name = name or kernel
+        self._most, self._seed = most, seed
+        self._instructions = 0  # of the longest launch of the kernel as it is
         super().__init__(ptx, cache=cache, only=f"^{re.escape(kernel)}$")
         self._alive = ctypes.c_int.in_dll(self.library, "ptx_mutant")
-        self._reached = ctypes.c_int.in_dll(self.library, "ptx_reached")
+        self._reached = (ctypes.c_uint8 * max(self._drawn, 1)).in_dll(self.library, "ptx_reached")
 
     def translated(self) -> Translation:
-        every = [m for x in self.kernels[self._kernel].code if x.kind == "op" for m in mutants_of(x)]
+        (kernel,) = self.kernels.values()
+        every = [m for x in kernel.code if x.kind == "op" for m in mutants_of(x)]
         self.possible = len(every)
         drawn = _even_sample(every, self._most, random.Random(self._seed))
+        self._drawn = len(drawn)
         translation = _MutatedTranslation(self.parsed, self.kernels, drawn)
         self.mutants = {number: m for number, m in enumerate(drawn) if number not in translation.illegal}
         return translation
 
     def _run(self, *args: Any, **options: Any) -> Any:
-        self.launches += 1
-        return super()._run(*args, **options)
+        if self.alive is not None and self._instructions:  # it may loop for ever
+            options["max_instr"] = 2 * self._instructions
+        stats, trace = super()._run(*args, **options)
+        if self.alive is None:
+            self._instructions = max(self._instructions, stats["instr"])
+        return stats, trace
 
     @property
     def alive(self) -> int | None:
@@ -154,12 +169,13 @@ class MutatedModule(Module):
     @alive.setter
     def alive(self, number: int | None) -> None:
         self._alive.value = -1 if number is None else number
-        self._reached.value = 0
 
-    @property
-    def reached(self) -> bool:
-        """Whether a thread came to the instruction of the mutant since it is alive."""
-        return bool(self._reached.value)
+    def reached(self) -> frozenset[int]:
+        """The mutants to whose instruction a thread came since `forget_reached`."""
+        return frozenset(number for number in self.mutants if self._reached[number])
+
+    def forget_reached(self) -> None:
+        ctypes.memset(self._reached, 0, ctypes.sizeof(self._reached))
 
 
 def _even_sample(mutants: list[Mutant], most: int, rng: random.Random) -> list[Mutant]:

@@ -1,9 +1,11 @@
-"""Do the tests notice a wrong kernel? Runs compact cases on mutants of each kernel's PTX, and prints who survived.
+"""Do the tests notice a wrong kernel? Runs the kernels' own tests on mutants of their PTX, and prints who survived.
 
-    python -m tests.gpu.mutate [--mutants N] [--seed N] [--verbose] [CASE ...]
+    python -m tests.gpu.mutate [--target N] [--mutants N] [--variants N] [--seconds N] [--seed N] [PYTEST ARGUMENT ...]
 
-A mutant is killed when a case's result is wrong or when the simulator finds an error. A case runs threads forward with
-the checks of global memory, and what survives that also backward and in random order. It takes minutes a case.
+Pytest's arguments choose the tests (`tests/gpu/test_cuda_*.py tests/gpu/test_triton_*.py` by default, without those
+marked slow). Each runs once on the kernels as they are, which says what mutants it reaches; then those that reach a
+mutant run on it until one fails. A mutant that no thread comes to, and one that outlives its time, count as survivors.
+It takes minutes a file, and fails where less than nine in ten of a kernel's mutants are killed.
 """
 
 from __future__ import annotations
@@ -11,125 +13,228 @@ from __future__ import annotations
 import argparse
 import contextlib
 import re
+import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 from unittest import mock
 
+import pytest
 import torch
+from _pytest.runner import runtestprotocol
 
 import tests.gpu.ptx.triton as ptx_triton
-from tests.gpu import cuda_library, simulate
+from tests.gpu import cuda_library, cuda_runs, simulate, triton_runs
 from tests.gpu.mutants import Mutant, MutatedModule
-from tests.gpu.mutation_cases import CASES, Call
 from tests.gpu.ptx import Module
 
-TARGET = 90
-# A mutant may loop for ever; no kernel of a case executes as many instructions as this.
-MOST_INSTRUCTIONS = 1 << 24
-SCHEDULES = ({"order": 0, "strict_global": True}, {"order": 1}, {"order": 2, "seed": 1})
+HERE = Path(__file__).parent
+ENOUGH = 0.9  # of a kernel's mutants
+
+
+def readable(kernel: str) -> str:
+    """A kernel's name with its template arguments, as the source has it."""
+    name = subprocess.run(["c++filt", "-p", kernel], capture_output=True, text=True, check=True).stdout.strip()
+    return re.sub(r"ddpm_fast::cuda::|\(\w+\)", "", name)
+
+
+def family_of(kernel: str) -> str:
+    """The kernel without its template arguments."""
+    return kernel.partition("<")[0]
+
+
+@contextlib.contextmanager
+def one_schedule() -> Iterator[None]:
+    """Inside the block, tests that run a kernel under several schedules run it under the first."""
+    with contextlib.ExitStack() as stack:
+        for runs in (cuda_runs, triton_runs):
+            stack.enter_context(mock.patch.object(runs, "SCHEDULES", triton_runs.SCHEDULES[:1]))
+        yield
+
+
+@dataclass
+class Trial:
+    """A test: how long it takes, what mutants it reaches, and what it did to those that it ran on."""
+
+    item: pytest.Item
+    seconds: float
+    reached: dict[MutatedModule, frozenset[int]]
+    tried: Counter[MutatedModule] = field(default_factory=Counter)
+    killed: Counter[MutatedModule] = field(default_factory=Counter)
+
+    def failure(self) -> str:
+        """Runs the test; how it failed, nothing if it passed."""
+        reports = runtestprotocol(self.item, log=False, nextitem=None)
+        return "\n".join(report.longreprtext or report.outcome for report in reports if not report.passed)
+
+    def kills(self, module: MutatedModule) -> bool:
+        """Whether it fails on the mutant of a module that is alive."""
+        killed = bool(self.failure())
+        self.tried[module] += 1
+        self.killed[module] += killed
+        return killed
+
+    def promise(self, module: MutatedModule) -> float:
+        """How many mutants of a module it may kill in a second."""
+        return (self.killed[module] + 1) / (self.tried[module] + 2) / self.seconds
 
 
 @dataclass
 class Result:
-    """What became of a kernel's mutants."""
+    """What became of the mutants of one compiled kernel."""
 
-    case: str
     kernel: str
     possible: int
     killed: int = 0
-    unreached: int = 0  # of the survivors: no thread came to their instruction
-    survivors: list[Mutant] = field(default_factory=list)
-    kinds: Counter[str] = field(default_factory=Counter)
+    survivors: list[Mutant] = field(default_factory=list)  # that a thread came to
+    unreached: list[Mutant] = field(default_factory=list)
 
     @property
     def tried(self) -> int:
-        return self.killed + len(self.survivors)
+        return self.killed + len(self.survivors) + len(self.unreached)
+
+    def told(self) -> list[str]:
+        """A line for each survivor."""
+        survived = [f"    survived: {mutant}" for mutant in self.survivors]
+        return survived + [f"    not reached: {mutant}" for mutant in self.unreached]
 
 
-def passes(call: Call, backend: str) -> bool:
-    """Whether a call gives what it must, and the simulator finds nothing, under every schedule."""
-    for schedule in SCHEDULES:
-        with simulate.backend(backend, TARGET, processors=1, max_instr=MOST_INSTRUCTIONS, **schedule):
-            try:
-                call.check()
-            except (AssertionError, RuntimeError):
-                return False
-    return True
+@dataclass
+class Mutation:
+    """The pytest plugin that runs the collected tests on mutants.
 
+    target: the architecture that all tests run on, since many mutants of one kernel tell more than the same ones of
+    three; mutants: of a compiled kernel, drawn by `seed`; variants: compiled kernels of one source that have mutants;
+    seconds: of the processor's time that the tests have for a mutant.
+    """
 
-@contextlib.contextmanager
-def mutated_modules(most: int, seed: int) -> Iterator[list[MutatedModule]]:
-    """Kernels that are translated inside the block have mutants; yields them as they come."""
-    made: list[MutatedModule] = []
+    target: int
+    mutants: int
+    variants: int
+    seconds: float
+    seed: int
+    results: list[Result] = field(default_factory=list)
 
-    def module(ptx: str, only: str = "", **_: object) -> Module:
-        (kernel,) = [name for name in re.findall(r"\.entry\s+([\w$]+)", ptx) if re.search(only, name)]
-        made.append(MutatedModule(ptx, kernel, most, seed))
-        return made[-1]
-
-    with (
-        mock.patch.object(cuda_library, "Module", module),
-        mock.patch.object(ptx_triton, "Module", module),
-        mock.patch.object(cuda_library.CudaLibrary, "modules", {}),
-        mock.patch.dict(ptx_triton.MODULES, clear=True),
-    ):
-        yield made
-
-
-def run_case(name: str, most: int, seed: int) -> Iterator[Result]:
-    """Tries the mutants of every kernel that a case's calls launch."""
-    backend, calls = CASES[name]
-    with mutated_modules(most, seed) as modules:
-        users: dict[MutatedModule, list[Call]] = {}
-        for call in calls:
-            before = {module: module.launches for module in modules}
-            if not passes(call, backend):
-                raise RuntimeError(f"{name} fails on the kernels as they are")
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        if session.testsfailed:
+            raise pytest.UsageError("not all tests could be collected")
+        with self._mutated() as modules:
+            trials = [trial for item in session.items if (trial := self._trial(item, modules)).reached]
             for module in modules:
-                if module.launches > before.get(module, 0):
-                    users.setdefault(module, []).append(call)
-        for module, callers in users.items():
-            (kernel,) = module.kernels
-            result = Result(name, kernel, module.possible)
-            for number, mutant in module.mutants.items():
-                module.alive = number
-                result.kinds[mutant.kind] += 1
-                if all(passes(call, backend) for call in callers):
-                    result.survivors.append(mutant)
-                    result.unreached += not module.reached
-                else:
-                    result.killed += 1
-            module.alive = None
-            yield result
+                self.results.append(result := self._result(module, trials))
+                print(row(module.name, [result]), *result.told(), sep="\n", file=sys.stderr, flush=True)
+        return True
+
+    @contextlib.contextmanager
+    def _mutated(self) -> Iterator[list[MutatedModule]]:
+        """Kernels that are translated inside the block have mutants; yields them as they come."""
+        made: list[MutatedModule] = []
+
+        def module(ptx: str, only: str = "", **_: object) -> Module:
+            (kernel,) = [name for name in re.findall(r"\.entry\s+([\w$]+)", ptx) if re.search(only, name)]
+            name = readable(kernel)
+            if [family_of(other.name) for other in made].count(family_of(name)) == self.variants:
+                return Module(ptx, only=only)
+            made.append(MutatedModule(ptx, kernel, self.mutants, self.seed, name=name))
+            return made[-1]
+
+        on_any_target = simulate.backend
+
+        def backend(name: str, target: int = 0, **options: Any) -> Any:
+            return on_any_target(name, self.target, **options)
+
+        with (
+            mock.patch.object(simulate, "backend", backend),
+            mock.patch.object(cuda_library, "Module", module),
+            mock.patch.object(ptx_triton, "Module", module),
+            mock.patch.object(cuda_library.CudaLibrary, "modules", {}),
+            mock.patch.dict(ptx_triton.MODULES, clear=True),
+        ):
+            yield made
+
+    def _trial(self, item: pytest.Item, modules: list[MutatedModule]) -> Trial:
+        """Runs a test on the kernels as they are. One that fails, as it counts on its architecture, reaches nothing."""
+        trial = Trial(item, 0.0, {})
+        for module in modules:
+            module.forget_reached()
+        start, known = time.process_time(), len(modules)
+        with one_schedule():
+            if failure := trial.failure():
+                print(f"left out: {item.nodeid}: {failure}", file=sys.stderr, flush=True)
+                return trial
+            if len(modules) > known:  # most of the time went into compiling
+                start = time.process_time()
+                trial.failure()
+        trial.seconds = time.process_time() - start
+        trial.reached = {module: reached for module in modules if (reached := module.reached())}
+        return trial
+
+    def _result(self, module: MutatedModule, trials: list[Trial]) -> Result:
+        result = Result(module.name, module.possible)
+        for number, mutant in module.mutants.items():
+            able = [trial for trial in trials if number in trial.reached.get(module, ())]
+            module.alive = number
+            if not able:
+                result.unreached.append(mutant)
+            elif self._is_killed(module, able):
+                result.killed += 1
+            else:
+                result.survivors.append(mutant)
+        module.alive = None
+        return result
+
+    def _is_killed(self, module: MutatedModule, trials: list[Trial]) -> bool:
+        """Whether a test fails: each with one schedule at first, then those that have more with all of them."""
+        trials = sorted(trials, key=lambda trial: trial.promise(module), reverse=True)
+        with one_schedule():
+            if self._one_kills(module, trials):
+                return True
+        return self._one_kills(module, (t for t in trials if hasattr(t.item.module, "under_every_schedule")))  # type: ignore[attr-defined]
+
+    def _one_kills(self, module: MutatedModule, trials: Iterable[Trial]) -> bool:
+        start = time.process_time()
+        return any(trial.kills(module) for trial in trials if time.process_time() - start < self.seconds)
+
+
+def share(results: list[Result]) -> float:
+    """Of the mutants that were tried, how many were killed."""
+    return sum(r.killed for r in results) / max(sum(r.tried for r in results), 1)
+
+
+def row(kernel: str, results: list[Result]) -> str:
+    """A line of the table."""
+    counts = [(r.possible, r.tried, len(r.unreached), r.killed) for r in results]
+    sums = [sum(numbers) for numbers in zip(*counts, strict=True)]
+    return f"| `{kernel}` | {' | '.join(map(str, [len(results), *sums]))} | {share(results):.0%} |"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.mutate", description=__doc__.split("\n")[0])
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; all by default")
-    parser.add_argument("--mutants", type=int, default=100, help="the most mutants of a kernel")
+    parser.add_argument("--target", type=int, default=90, help="the architecture, 90 for sm_90")
+    parser.add_argument("--mutants", type=int, default=30, help="the most mutants of a compiled kernel")
+    parser.add_argument("--variants", type=int, default=4, help="the most compiled variants of a kernel with mutants")
+    parser.add_argument("--seconds", type=float, default=10, help="how long tests run on a mutant")
     parser.add_argument("--seed", type=int, default=0, help="of the sample of mutants")
-    parser.add_argument("--verbose", action="store_true", help="print the survivors")
-    options = parser.parse_args(arguments)
-    if unknown := [name for name in options.cases if name not in CASES]:
-        parser.error(f"no case {unknown[0]!r}; there are {', '.join(CASES)}")
+    options, chosen = parser.parse_known_args(arguments)
     torch.set_num_threads(1)
-    print("| case | kernel | mutants | tried | not reached | killed | killed of those reached |")
-    print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
-    worst = 1.0
-    for name in options.cases or CASES:
-        start = time.process_time()
-        for r in run_case(name, options.mutants, options.seed):
-            share = r.killed / max(r.tried - r.unreached, 1)
-            worst = min(worst, share)
-            numbers = (r.possible, r.tried, r.unreached, r.killed, f"{share:.0%}")
-            print(f"| {r.case} | `{r.kernel}` | {' | '.join(map(str, numbers))} |", flush=True)
-            if options.verbose:
-                print(*(f"    survived: {mutant}" for mutant in r.survivors), sep="\n", file=sys.stderr, flush=True)
-        print(f"{name}: {time.process_time() - start:.0f} s", file=sys.stderr)
-    return 0 if worst >= 0.9 else 1
+    files = [str(path) for backend in ("cuda", "triton") for path in sorted(HERE.glob(f"test_{backend}_*.py"))]
+    plugin = Mutation(options.target, options.mutants, options.variants, options.seconds, options.seed)
+    chosen = chosen or files
+    if failed := pytest.main([*chosen, "-q", "-s", "--tb=line", "-p", "no:cacheprovider"], plugins=[plugin]):
+        return int(failed)
+    kernels: dict[str, list[Result]] = {}
+    for result in plugin.results:
+        kernels.setdefault(family_of(result.kernel), []).append(result)
+    print("| kernel | compiled variants | mutants | tried | not reached | killed | share |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for kernel, results in kernels.items():
+        print(row(kernel, results))
+    return 0 if min(map(share, kernels.values())) >= ENOUGH else 1
 
 
 if __name__ == "__main__":

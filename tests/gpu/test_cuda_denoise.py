@@ -27,10 +27,9 @@ from .cuda_runs import (
     traced,
     under_every_schedule,
 )
-from .triton_runs import blank, moved
+from .triton_runs import SEED, STREAM, blank, drawn_for, moved
 
 SCHEDULE = df.NoiseSchedule.linear(1000)
-SEED = torch.tensor([0x0123456789ABCDEF])
 
 
 @dataclass(frozen=True)
@@ -60,12 +59,15 @@ class Case:
 
 LAST = "channels_last"
 CASES = [
-    Case((2, 3, 32, 48)),
+    Case((7, 3, 32, 16)),
     Case((2, 3, 32, 48), LAST, LAST, torch.bfloat16, "v", "fixed", guided=True, in_place=True),
-    Case((2, 3, 32, 48), LAST, LAST, torch.bfloat16, "v", "learned_range", guided=True),
+    Case((7, 3, 32, 24), LAST, LAST, torch.bfloat16, "v", "learned_range", guided=True),
+    Case((1, 3, 17, 19), guided=True, noise="given", wants_x0=True),
     Case((2, 3, 17, 19), LAST, "contiguous", torch.float16, "x_prev", "learned", wants_x0=True, offset=1),
     Case((2, 3, 32, 48), "contiguous", "contiguous", torch.bfloat16, "x0", "learned_range", "given", True, "threshold"),
     Case((3, 3, 9, 11), "contiguous", LAST, torch.float16, "v", "fixed", "none", False, "none", True),
+    Case((3, 3, 9, 11), LAST, LAST, torch.bfloat16, "x_prev", "learned", "seed", True, "threshold", True, offset=1),
+    Case((3, 4, 8, 8), LAST, LAST, torch.bfloat16, "x0", wants_x0=True),
     Case((300, 3, 5), "contiguous", "contiguous", torch.float32, "x_prev", "fixed", "seed", True, "threshold", True),
     Case((2, 300, 3, 3), LAST, LAST, torch.float32, "epsilon", "learned", bound="threshold"),
     Case((1, 2, 5, 7, 9), "contiguous", "contiguous", torch.float16, "x0", "learned", "given", offset=3, in_place=True),
@@ -92,6 +94,7 @@ MORE_CASES = [
 LOOPS = [
     Case((2, 3, 150, 150), variance="learned_range"),
     Case((40, 3, 30, 32), LAST, LAST, torch.bfloat16),
+    Case((40, 3, 5, 5), LAST, "contiguous", torch.bfloat16),
 ]
 
 
@@ -103,12 +106,14 @@ def agrees(case: Case, target: int, processors: int | None = None) -> None:
     shape, samples = case.shape, case.shape[0]
     learned = "fixed_small" if case.variance == "fixed" else case.variance
     rows = ddpm_table(SCHEDULE, variance=learned, prediction=case.prediction, guidance_scale=3.0).rows
-    index = torch.randint(0, 1000, (samples,))
+    ids, index = drawn_for(samples)
     index[-1] = 999  # the last step, which draws nothing
     wide = shape if case.variance == "fixed" else (samples, 2 * shape[1], *shape[2:])
 
     x_t = moved(lay(torch.randn(shape), case.layout), case.offset)
-    output = moved(lay(torch.randn(wide).to(case.dtype), case.output_layout), case.offset)
+    predicted = torch.randn(wide)
+    predicted[:, shape[1] :, ..., ::2] *= 60  # logarithms of variances, also where the exponential is clamped
+    output = moved(lay(predicted.to(case.dtype), case.output_layout), case.offset)
     other = case.other_dtype or case.dtype
     unconditional = lay(torch.randn(wide).to(other), case.output_layout) if case.guided else None
     noise = None
@@ -119,7 +124,7 @@ def agrees(case: Case, target: int, processors: int | None = None) -> None:
     seed = SEED if case.noise == "seed" else None
     options = (
         output, unconditional, rows, index, reference.PREDICTIONS.index(case.prediction),
-        reference.VARIANCES.index(case.variance), *clip, threshold, noise, seed, torch.arange(samples) + 7, 1,
+        reference.VARIANCES.index(case.variance), *clip, threshold, noise, seed, ids, STREAM,
     )  # fmt: skip
 
     def step() -> tuple[Tensor, ...]:
@@ -128,7 +133,7 @@ def agrees(case: Case, target: int, processors: int | None = None) -> None:
         DENOISE["cuda"](out if case.in_place else x_t, *options, out, x0)
         return (out,) if x0 is None else (out, x0)
 
-    got = under_every_schedule(step, target, processors)
+    got = under_every_schedule(step, target, processors, samples)
     expected, expected_x0 = torch.empty_like(x_t), torch.empty_like(x_t)
     reference.denoise(x_t, *options, expected, expected_x0)
     assert same_bits(got[0], expected)

@@ -25,10 +25,9 @@ from .cuda_runs import (
     traced,
     under_every_schedule,
 )
-from .triton_runs import blank, moved
+from .triton_runs import SEED, STREAM, blank, drawn_for, moved
 
 SCHEDULE = df.NoiseSchedule.linear(1000)
-SEED = torch.tensor([0x0123456789ABCDEF])
 
 
 @dataclass(frozen=True)
@@ -50,10 +49,13 @@ class Case:
 
 
 CASES = [
-    Case((2, 3, 32, 48)),
-    Case((2, 3, 32, 48), "channels_last", torch.bfloat16),
-    Case((2, 3, 17, 19), "channels_last", torch.float16, offset=1),
-    Case((3, 3, 16, 20), "channels_last", torch.uint8),
+    Case((6, 3, 32, 16)),
+    Case((6, 3, 32, 24), "channels_last", torch.bfloat16),
+    Case((1, 3, 17, 19)),
+    Case((6, 3, 17, 11), "channels_last", torch.float16, offset=1),
+    Case((6, 3, 16, 15), "channels_last", torch.uint8),
+    Case((2, 3, 9, 11), "channels_last", torch.bfloat16, offset=1),
+    Case((2, 4, 8, 8), "channels_last", torch.float16),
     Case((3, 3, 17, 19), "contiguous", torch.uint8, (torch.float32, "contiguous"), offset=1),
     Case((2, 3, 17, 19), "contiguous", torch.bfloat16, (torch.bfloat16, "contiguous")),
     Case((2, 3, 16, 16), "contiguous", torch.float16, (torch.float32, "channels_last")),
@@ -69,6 +71,8 @@ MORE_CASES = [
 LOOPS = [
     Case((2, 3, 150, 150)),
     Case((40, 3, 30, 32), "channels_last", torch.bfloat16, None, "contiguous"),
+    Case((40, 3, 5, 5), "channels_last", torch.bfloat16),
+    Case((40, 3, 5, 5), "channels_last", torch.float16),
 ]
 
 
@@ -84,7 +88,7 @@ def agrees(case: Case, target: int, processors: int | None = None) -> None:
     x0 = moved(lay(drawn.to(case.dtype), case.x0_layout or case.layout), case.offset)
     like = lay(torch.empty(shape, dtype=result), case.layout)
     t, coefficients = torch.randint(0, 1000, (samples,)), SCHEDULE.noising_coefficients(torch.device("cpu"))
-    step = torch.arange(samples) + 123
+    ids, step = drawn_for(samples)
     given = None
     if case.noise is not None:
         given = moved(lay(torch.randn(shape).to(case.noise[0]), case.noise[1]), case.offset)
@@ -95,15 +99,15 @@ def agrees(case: Case, target: int, processors: int | None = None) -> None:
             NOISING["cuda"](x0, t, coefficients, given, x_t)
             return (x_t,)
         noise = blank(like, offset=case.offset)
-        NOISING_RANDOM["cuda"](x0, t, coefficients, SEED, None, step, 2, x_t, noise)
+        NOISING_RANDOM["cuda"](x0, t, coefficients, SEED, ids, step, STREAM, x_t, noise)
         return x_t, noise
 
-    got = under_every_schedule(q_sample, target, processors)
+    got = under_every_schedule(q_sample, target, processors, samples)
     expected, noise = torch.empty_like(like), torch.empty_like(like)
     if given is not None:
         reference.noising(x0, t, coefficients, given, expected)
     else:
-        reference.noising_random(x0, t, coefficients, SEED, None, step, 2, expected, noise)
+        reference.noising_random(x0, t, coefficients, SEED, ids, step, STREAM, expected, noise)
         assert same_bits(got[1], noise)
     assert same_bits(got[0], expected)
 

@@ -22,6 +22,7 @@ from tests.gpu import cuda_library, gates, simulate
 from tests.gpu.ptx import nvcc, sass
 from tests.gpu.ptx.build import CACHE, digest
 from tests.gpu.ptx.metrics import metrics
+from tests.gpu.triton_runs import assert_rounded_once
 from tests.ops.common import same_bits, shape_id
 from tests.ops.norms import FLOATS, assert_close, is_laid_out, laid_out, leaves
 from tests.ops.test_norm_act import HARD, NAMES, case_id, exact, parameters, plain
@@ -98,6 +99,7 @@ def check(case: Case, inputs: dict[str, Tensor], grad: Tensor, got: list[Tensor]
     truth = leaves({n: v.double() for n, v in inputs.items()})
     z = plain(truth["x"], case[1], **{n: v for n, v in truth.items() if n != "x"}, **keywords)
     assert_close(got[0], z.detach())
+    assert_rounded_once(got[0], z.detach())
     assert_gradients_close(tuple(inputs), got[1:], list(torch.autograd.grad(z, list(truth.values()), grad.double())))
 
 

@@ -17,9 +17,10 @@ from . import gates, simulate
 from .cuda_runs import ARCHITECTURES, ONE_PROCESSOR, has_room, is_vectorised, ptx_of, under_every_schedule
 from .triton_runs import moved
 
-# (shape, elements behind an aligned address): several blocks a sample, sizes no multiple of a vector, one element, more
-# samples than a GPU of one multiprocessor takes in one go.
-CASES = [((2, 3, 64, 70), 0), ((3, 3, 17, 19), 1), ((300, 5), 0), ((2, 1), 0)]
+# (shape, elements behind an aligned address): several blocks a sample, sizes no multiple of a vector, also of one
+# sample alone, which is read by vectors up to its end; one element; more samples than a GPU of one multiprocessor takes
+# in one go.
+CASES = [((2, 3, 64, 70), 0), ((3, 3, 17, 19), 1), ((1, 3, 17, 19), 0), ((300, 5), 0), ((2, 1), 0)]
 LOOPS = [((40, 3, 7, 7), 0), ((1, 3, 300, 300), 0)]
 
 
@@ -33,7 +34,7 @@ def agrees(x: Tensor, q: float, target: int, processors: int | None = None) -> N
         ABS_QUANTILE["cuda"](x, q, out)
         return (out,)
 
-    (got,) = under_every_schedule(quantile, target, processors)
+    (got,) = under_every_schedule(quantile, target, processors, x.shape[0])
     expected = torch.empty_like(got)
     reference.abs_quantile(x, q, expected)
     assert same_bits(got, expected)
@@ -50,6 +51,13 @@ def test_loops_where_there_is_more_work_than_threads(case: tuple[tuple[int, ...]
     agrees(torch.randn(case[0]), 0.9, target=90, processors=ONE_PROCESSOR)
 
 
+def test_magnitudes_of_every_size() -> None:
+    """Of any bits but those of NaNs: they fall into all bins."""
+    x = torch.randint(0, 0x7F800001, (2, 1001), dtype=torch.int32).view(torch.float32)
+    for q in (0.1, 0.5, 0.9):
+        agrees(x, q, target=90)
+
+
 @pytest.mark.parametrize("target", [80, 120])
 def test_other_architectures_give_the_same(target: int) -> None:
     agrees(laid_out(torch.randn(2, 3, 16, 16), "channels_last"), 0.7, target)
@@ -62,7 +70,7 @@ def test_values_that_coincide_or_lie_at_the_end_of_the_range(values: str) -> Non
         "zeros": torch.zeros(2, 100) * torch.tensor([[1.0], [-1.0]]),
         "two": torch.tensor([[1.0] * 50 + [-2.0] * 50, [3.0] * 99 + [0.0]]),
         "infinite": torch.tensor([[1.0] * 99 + [-math.inf], [0.5] * 100]),
-        "subnormal": torch.arange(200).reshape(2, 100) * 1e-45,
+        "subnormal": torch.arange(202).reshape(2, 101) * 1e-45,
     }[values]
     for q in (0.0, 0.495, 0.5, 0.98):
         agrees(x, q, target=90)

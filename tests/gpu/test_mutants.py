@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.gpu import mutants
 from tests.gpu.mutants import MutatedModule
 from tests.gpu.ptx import Module, nvcc
 
@@ -48,11 +49,52 @@ def test_every_kind_of_mutant_is_made_and_does_what_it_says(module: MutatedModul
     assert module.possible == len(module.mutants)
 
 
+def test_it_tells_what_mutants_a_launch_reaches() -> None:
+    """Those of the loop's body are reached where the loop makes a trip."""
+    module = MutatedModule(nvcc.compile_ptx(SOURCE), "spills", most=1000)
+    x, out = np.zeros((64, 32), np.float32), np.empty((64, 32), np.float32)
+
+    def reached(n: int) -> frozenset[int]:
+        module.forget_reached()
+        module.launch("spills", 1, 32, [x, out, n])
+        return module.reached()
+
+    none, once = reached(0), reached(1)
+    assert none < once <= module.mutants.keys()
+    assert reached(0) == none
+
+
+def test_a_mutant_that_loops_for_ever_is_stopped() -> None:
+    module = MutatedModule(nvcc.compile_ptx(SOURCE), "spills", most=1000)
+    x, out = np.zeros((64, 32), np.float32), np.empty((64, 32), np.float32)
+    module.launch("spills", 1, 32, [x, out, 4])
+    stopped = 0
+    for number in module.mutants:
+        module.alive = number
+        try:
+            module.launch("spills", 1, 32, [x, out, 4])
+        except RuntimeError as error:
+            stopped += "instruction limit" in str(error)
+    assert stopped
+
+
 def test_a_sample_takes_from_every_kind() -> None:
     sampled = MutatedModule(nvcc.compile_ptx(SOURCE), "through_shared", most=6)
     assert len(sampled.mutants) == 6
     assert len({mutant.kind for mutant in sampled.mutants.values()}) >= 4
     assert sampled.possible > 6
+
+
+def test_constants_become_others() -> None:
+    changed = {
+        "7": "8",
+        "0f3F800000": "0f3F802000",
+        "0f00000000": "0f3F800000",
+        "0d0000000000000000": "0d3FF0000000000000",
+        "[%rd1+8]": "[%rd1+12]",
+        "%r1": None,
+    }
+    assert {operand: mutants._changed_constant(operand) for operand in changed} == changed
 
 
 def test_mutants_read_as_ptx(module: MutatedModule) -> None:

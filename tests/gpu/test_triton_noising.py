@@ -11,17 +11,16 @@ from ddpm_fast.backends.reference import noising as reference
 from ddpm_fast.backends.triton import _layout
 from ddpm_fast.ops.noising import NOISING, NOISING_RANDOM
 from tests.gpu import simulate
-from tests.gpu.triton_runs import blank, moved, under_every_schedule
+from tests.gpu.triton_runs import SEED, STREAM, blank, drawn_for, moved, under_every_schedule
 from tests.ops.common import laid_out, same_bits, shape_id
 
-SEED = torch.tensor([-77])
 COEFFICIENTS = df.NoiseSchedule.linear(1000).noising_coefficients(torch.device("cpu"))
 
 # shape, layout, x0's dtype, elements behind an aligned address
 MADE = [
-    ((2, 3, 32, 48), "contiguous", torch.float32, 0),
-    ((2, 3, 17, 19), "channels_last", torch.float16, 1),
-    ((2, 4, 16, 20), "channels_last", torch.uint8, 0),
+    ((6, 3, 32, 16), "contiguous", torch.float32, 0),
+    ((6, 3, 17, 17), "channels_last", torch.float16, 1),
+    ((6, 4, 12, 20), "channels_last", torch.uint8, 0),
     ((2, 3, 5, 7, 9), "contiguous", torch.bfloat16, 0),
 ]
 # ... and the noise's layout and dtype
@@ -50,16 +49,16 @@ def images(case: Case) -> tuple[Tensor, Tensor]:
 def makes_the_noise(case: Case, target: int) -> None:
     x0, t = images(case)
     dtype = torch.float32 if x0.dtype == torch.uint8 else x0.dtype
-    ids, step = torch.randint(0, 1 << 32, x0.shape[:1]), torch.tensor([(1 << 32) - 5])
+    ids, step = drawn_for(x0.shape[0])
 
     def run() -> tuple[Tensor, Tensor]:
         out, noise = blank(x0, dtype, case[3]), blank(x0, dtype, case[3])
-        NOISING_RANDOM["triton"](x0, t, COEFFICIENTS, SEED, ids, step, 2, out, noise)
+        NOISING_RANDOM["triton"](x0, t, COEFFICIENTS, SEED, ids, step, STREAM, out, noise)
         return out, noise
 
     got = under_every_schedule(run, target)
     expected = tuple(torch.empty_like(x) for x in got)
-    reference.noising_random(x0, t, COEFFICIENTS, SEED, ids, step, 2, *expected)
+    reference.noising_random(x0, t, COEFFICIENTS, SEED, ids, step, STREAM, *expected)
     assert same_bits(got[0], expected[0])
     assert same_bits(got[1], expected[1])
 
@@ -88,7 +87,7 @@ def takes_the_noise(case: Case, layout: str, dtype: torch.dtype, target: int) ->
         NOISING["triton"](x0, t, COEFFICIENTS, noise, out)
         return (out,)
 
-    (got,) = under_every_schedule(run, target)
+    (got,) = under_every_schedule(run, target, x0.shape[0])
     expected = torch.empty_like(got)
     reference.noising(x0, t, COEFFICIENTS, noise, expected)
     assert same_bits(got, expected)

@@ -13,7 +13,7 @@ import ddpm_fast as df
 from ddpm_fast.backends.triton import _layout, _norm
 from ddpm_fast.ops.norm_act import NORM_ACT, NORM_ACT_BACKWARD
 from tests.gpu import gates, simulate
-from tests.gpu.triton_runs import ARCHITECTURES, blank, moved, under_every_schedule
+from tests.gpu.triton_runs import ARCHITECTURES, assert_rounded_once, blank, moved, under_every_schedule
 from tests.ops.common import same_bits, shape_id
 from tests.ops.norms import assert_close, laid_out
 from tests.ops.test_norm_act import HARD, NAMES, exact, parameters, plain
@@ -74,7 +74,9 @@ def forward(case: Case, target: int) -> None:
         return out, mean, rstd
 
     out, mean, rstd = under_every_schedule(run, target)
-    assert_close(out, exact(x, case.groups, **given, activation="silu" if case.activation else None))
+    truth = exact(x, case.groups, **given, activation="silu" if case.activation else None)
+    assert_close(out, truth)
+    assert_rounded_once(out, truth)
     expected_mean, expected_rstd = torch.empty_like(mean), torch.empty_like(rstd)
     whole = torch.empty(x.shape, dtype=torch.float64)
     NORM_ACT["reference"](x, case.groups, *places, EPS, case.activation, whole, expected_mean, expected_rstd)
@@ -237,6 +239,17 @@ def test_samples_of_views_and_out() -> None:
     assert_close(out, truth)
 
 
+def test_the_sum_over_samples_ends_where_they_do() -> None:
+    for samples in (n for n in range(2, _norm._SAMPLES + 3) if n % 16):  # Triton compiles another kernel for multiples
+        contributions = torch.randn(samples, 2, 12)
+        weight, bias = torch.full((12,), torch.nan), torch.full((12,), torch.nan)
+        with simulate.backend("triton"):
+            _norm.sum_over_samples(contributions, weight, bias)
+        expected = contributions.double().sum(0)
+        assert_close(weight, expected[0])
+        assert_close(bias, expected[1])
+
+
 def test_without_samples_the_parameters_gradients_are_zero() -> None:
     x, weight = torch.empty(0, 8, 4, 4, requires_grad=True), torch.randn(8, requires_grad=True)
     with simulate.backend("triton") as launches:
@@ -250,8 +263,10 @@ def test_small_groups_are_read_once_and_large_ones_twice() -> None:
     weight, bias = torch.randn(32), torch.randn(32)
     for shape, kernels in (((2, 32, 16, 16), ONCE), ((1, 32, 64, 128), CUT)):
         x = torch.randn(shape)
+        groups = 8 if kernels is ONCE else 1
         with simulate.backend("triton") as launches:
-            df.group_norm_silu(x, 8 if kernels is ONCE else 1, weight, bias)
+            y = df.group_norm_silu(x, groups, weight, bias)
+        assert_close(y, exact(x, groups, weight=weight, bias=bias))
         assert [launch.kernel for launch in launches] == kernels
         for launch in launches:
             if launch.kernel == "channel_moments_kernel":

@@ -46,11 +46,14 @@ def test_is_the_references_quantile(way: str) -> None:
     agrees(torch.randint(-3, 4, (2, 1581)).float(), 0.6)  # values many times over
     agrees(torch.zeros(2, 1581), 0.9)
     agrees(torch.randn(2, 1581) * 1e-40, 0.9)  # subnormal
+    agrees(torch.randint(0, 0x7F800001, (2, 1581), dtype=torch.int32).view(torch.float32), 0.3)  # of every size
 
 
 def test_infinity_and_nan(way: str) -> None:
-    x = torch.randn(3, 1581)
-    x[0, 5], x[1, 7], x[1, 1580] = torch.nan, torch.inf, -torch.inf
+    x = torch.randn(9, 1581)
+    x[8, 7], x[8, 1580] = torch.inf, -torch.inf
+    for sample in range(7):  # wherever it lies in a thread's elements
+        x[sample, 5 + 197 * sample] = torch.nan
     for q in (0.5, 1.0):
         agrees(x, q)
 

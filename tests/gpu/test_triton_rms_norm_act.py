@@ -12,7 +12,7 @@ import ddpm_fast as df
 from ddpm_fast.backends.triton import _layout, rms_norm_act
 from ddpm_fast.ops.rms_norm_act import RMS_NORM_ACT, RMS_NORM_ACT_BACKWARD
 from tests.gpu import gates, simulate
-from tests.gpu.triton_runs import ARCHITECTURES, blank, moved, under_every_schedule
+from tests.gpu.triton_runs import ARCHITECTURES, assert_rounded_once, blank, moved, under_every_schedule
 from tests.ops.common import same_bits, shape_id
 from tests.ops.norms import assert_close, laid_out
 from tests.ops.test_rms_norm_act import NAMES, exact, parameters, plain
@@ -62,7 +62,9 @@ def forward(case: Case, target: int) -> None:
         return out, rrms
 
     out, rrms = under_every_schedule(run, target)
-    assert_close(out, exact(x, **given, activation="silu" if case.activation else None))
+    truth = exact(x, **given, activation="silu" if case.activation else None)
+    assert_close(out, truth)
+    assert_rounded_once(out, truth)
     expected = torch.empty(rrms.shape, dtype=torch.float64)
     RMS_NORM_ACT["reference"](x, *places, EPS, case.activation, torch.empty_like(x), expected)
     torch.testing.assert_close(rrms.double(), expected, rtol=5e-7, atol=0)
@@ -154,7 +156,8 @@ def test_a_sample_alone_has_the_bits_it_has_in_a_batch() -> None:
 def test_x_is_read_once() -> None:
     x, weight = torch.randn(2, 32, 16, 16), torch.randn(32)
     with simulate.backend("triton") as launches:
-        df.rms_norm_silu(x, weight)
+        y = df.rms_norm_silu(x, weight)
+    assert_close(y, exact(x, weight=weight))
     gates.assert_traffic(launches[0].stats, x.nbytes, x.nbytes, extra=x.nbytes)
 
 

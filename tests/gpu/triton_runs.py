@@ -26,16 +26,48 @@ SCHEDULES: tuple[dict[str, Any], ...] = (
     {"order": 2, "seed": 6, "strict_global": True},
 )
 
+# Samples and steps whose first block of noise has a word at an end of its range; found by trying 2^32 samples and more.
+_RARE = (
+    (4212173505, 1),  # r0 = 0
+    (748870513, 1),  # r1 = 0
+    (889928178, 4),  # r1 = 2^32 - 1
+    (4292409672, 1),  # r2 = 0
+    (3760530611, 1),  # r3 = 0
+    (524120840, 1),  # r3 = 2^32 - 1
+)
+SEED, STREAM = torch.tensor([0x0123456789ABCDEF]), 3
 
-def under_every_schedule(op: Callable[[], tuple[Tensor, ...]], target: int = 90) -> tuple[Tensor, ...]:
-    """What `op` returns, the same bits whatever the order of the threads."""
+
+def drawn_for(samples: int) -> tuple[Tensor, Tensor]:
+    """Sample numbers and steps of a batch, with SEED and STREAM those of the rare words first."""
+    others = torch.arange(samples)
+    common = torch.stack([others.flip(0) + (1 << 32) - samples, others + 123], 1)
+    ids, steps = torch.cat([torch.tensor(_RARE), common])[:samples].unbind(1)
+    return ids.contiguous(), steps.contiguous()
+
+
+MANY = 300  # samples
+
+
+def under_every_schedule(
+    op: Callable[[], tuple[Tensor, ...]], target: int = 90, samples: int = 1
+) -> tuple[Tensor, ...]:
+    """What `op` returns, the same bits whatever the order of the threads; many samples run in the first order alone,
+    since their blocks do what those of a few do."""
     results = []
-    for options in SCHEDULES:
+    for options in SCHEDULES[:1] if samples >= MANY else SCHEDULES:
         with simulate.backend("triton", target, **options):
             results.append(op())
     for other in results[1:]:
         assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
     return results[0]
+
+
+def assert_rounded_once(got: Tensor, expected: Tensor) -> None:
+    """Of a short dtype: an arithmetic's error that is smaller than a rounding's shows in how many elements lie on the
+    other side of one. Those of float32 put 1 of 3000 there at most, in the tests' cases."""
+    if got.dtype in (torch.float16, torch.bfloat16):
+        assert int((got != expected.to(got.dtype)).sum()) <= 1 + got.numel() // 500
 
 
 def blank(like: Tensor, dtype: torch.dtype | None = None, offset: int = 0) -> Tensor:

@@ -12,6 +12,7 @@ import math
 import re
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,12 @@ def dimensions(x: Dimensions) -> tuple[int, int, int]:
     return x, y, z
 
 
+@lru_cache(maxsize=8)
+def _parsed(ptx: str) -> Parsed:
+    """The kernels of a text are translated one at a time, in modules of their own; it is parsed once for them."""
+    return Parsed(ptx)
+
+
 class Module:
     """A translated PTX module.
 
@@ -68,7 +75,7 @@ class Module:
     """
 
     def __init__(self, ptx: str, check: bool = True, opt: str = "-O1", cache: Path = CACHE, only: str = "") -> None:
-        self.parsed = Parsed(ptx)
+        self.parsed = _parsed(ptx)
         entries = {name: f for name, f in self.parsed.functions.items() if f.entry}
         self.kernels = {name: f for name, f in entries.items() if re.search(only, name)}
         translation = self.translated()
