@@ -296,7 +296,15 @@ def test_a_killed_run_is_taken_up_again(checkpoint: Path, tmp_path: Path) -> Non
 def test_ctrl_c_ends_the_run_and_the_next_goes_on(checkpoint: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ddpm_fast", "sample", "-n", "400", "--micro-batch", "2", "--threads", "2"]
     command += ["--checkpoint", str(checkpoint), "--format", "npy", "--out", "s"]
-    process = subprocess.Popen(command, env=environment(), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        env=environment(),
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background jobs, and what they start, ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     while not list((tmp_path / "s").glob("*.npy")):
         assert process.poll() is None, "the run ended before it could be interrupted"
         time.sleep(0.005)
