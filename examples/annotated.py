@@ -377,6 +377,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--convnext", action="store_true", help="ConvNeXt blocks in place of ResNet's")
     parser.add_argument("--out", type=Path, default=Path("annotated.png"))
     options = parser.parse_args(arguments)
+    if options.out.suffix.lower() not in Image.registered_extensions():
+        parser.error(f"--out must end as an image's name does, such as .png, not {options.out.name!r}")
     if options.dataset == "fashion-mnist" and options.data is None:
         parser.error("--dataset fashion-mnist needs --data, the folder that holds its files")
 
@@ -389,13 +391,13 @@ def main(arguments: list[str] | None = None) -> None:
     )
     ways: dict[str, tuple[nn.Module, Before | After]] = {
         "the article": (model, Before(options.timesteps)),
-        "ddpm_fast": (df.accelerate(copy.deepcopy(model)), After(options.timesteps)),
+        "ddpm_fast": (df.accelerate(copy.deepcopy(model), channels_last=True), After(options.timesteps)),
     }
     trained = train(ways, images, steps, options.batch_size)
 
     # The weights of one for both, so that the images can be compared.
     df.restore(ways["ddpm_fast"][0]).load_state_dict(model.state_dict())
-    df.accelerate(ways["ddpm_fast"][0])
+    df.accelerate(ways["ddpm_fast"][0], channels_last=True)
     drawn, sampled = sample(ways, (options.samples, *images.shape[1:]))
     before, after = drawn["the article"], drawn["ddpm_fast"]
     save_grid(options.out, after)
