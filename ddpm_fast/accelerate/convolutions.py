@@ -7,7 +7,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..nn import Conv3x3
-from ..nn.conv import plan_tensors, prepared_weight
+from ..nn.conv import plan_module, prepared_weight
 from ..ops._check import needs_grad
 from ..ops.conv import ConvPlan, conv3x3, cpu_isa, plan_conv3x3
 from .computed import FusedComputedConv, as_torch_lays_out, fused_class
@@ -22,7 +22,7 @@ class FusedConv(Accelerated, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         mode: str = self.__dict__["_ddpm_fast_mode"]
-        if needs_grad(input, self.weight, self.bias) or plan_tensors(self.weight, input, mode).tile is None:
+        if needs_grad(input, self.weight, self.bias) or plan_module(self, input, mode).tile is None:
             return super().forward(input)
         prepared = prepared_weight(self, self.__dict__.get("_ddpm_fast_prepared"))
         mark(self, "prepared", prepared)

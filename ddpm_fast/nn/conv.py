@@ -17,8 +17,6 @@ def plan_tensors(weight: Tensor, input: Tensor, mode: str, upsample: bool = Fals
         return ConvPlan(None, 0, "torch.compile, autocast and torch.func have convolutions of their own")
     if not _is_plain(input) or not _is_plain(weight) or weight.dtype != input.dtype or weight.device != input.device:
         return ConvPlan(None, 0, "the input or the weight is of a tensor type of its own, or they do not match")
-    if weight.is_inference():
-        return ConvPlan(None, 0, "the weight is an inference tensor, whose changes cannot be seen")
     if weight.dim() != 4 or weight.shape[2:] != (3, 3):
         return ConvPlan(None, 0, "the weight is not (K, C, 3, 3)")
     outputs, channels = weight.shape[:2]
@@ -36,6 +34,14 @@ def plan_tensors(weight: Tensor, input: Tensor, mode: str, upsample: bool = Fals
         device=input.device.type,
         upsample=upsample,
     )
+
+
+def plan_module(conv: nn.Conv2d, input: Tensor, mode: str, upsample: bool = False) -> ConvPlan:
+    """The same for a module, whose weight is kept prepared from call to call."""
+    plan = plan_tensors(conv.weight, input, mode, upsample)
+    if plan.tile is not None and conv.weight.is_inference():
+        return ConvPlan(None, 0, "the weight is an inference tensor, whose changes cannot be seen")
+    return plan
 
 
 def prepared_weight(conv: nn.Conv2d, prepared: PreparedConv3x3 | None) -> PreparedConv3x3:
@@ -79,7 +85,7 @@ class Conv3x3(nn.Conv2d):
         """How ``input (N, in_channels, H, W)`` would be convolved just now, and why."""
         if needs_grad(input, self.weight, self.bias) and not input.is_contiguous(memory_format=torch.channels_last):
             return ConvPlan(None, 0, "a copy in channels_last would have to be kept for the gradient")
-        return plan_tensors(self.weight, input, self.mode, upsample)
+        return plan_module(self, input, self.mode, upsample)
 
     def forward(self, input: Tensor, residual: Tensor | None = None, upsample: bool = False) -> Tensor:
         """``residual + conv(input)``: ``(N, in_channels, H, W)`` -> ``(N, out_channels, H, W)``, residual's shape.

@@ -98,6 +98,14 @@ def test_another_call_in_the_same_forward_is_torchs(modes: list[str]) -> None:
     assert modes == []
 
 
+def test_a_weight_computed_in_inference_mode_is_taken(modes: list[str]) -> None:
+    conv, x = df.accelerate(make("article")), torch.randn(1, 24, 8, 8)
+    want = conv(x)
+    with torch.inference_mode():
+        assert torch.equal(conv(x), want)
+    assert modes == ["exact"] * 2
+
+
 @every_kind
 def test_gradients_are_torchs_bit_for_bit(kind: str, modes: list[str]) -> None:
     conv = make(kind).requires_grad_(True)
