@@ -41,10 +41,11 @@ class Mutant:
     after: Instr | None
 
     def __str__(self) -> str:
-        return f"line {self.line}, {self.kind}: {_text(self.before)} -> {_text(self.after)}"
+        return f"line {self.line}, {self.kind}: {text_of(self.before)} -> {text_of(self.after)}"
 
 
-def _text(x: Instr | None) -> str:
+def text_of(x: Instr | None) -> str:
+    """How an instruction reads in PTX."""
     if x is None:
         return "(dropped)"
     guard = f"@{x.guard[0]}{x.guard[1]} " if x.guard else ""
