@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -18,14 +19,16 @@ import triton
 
 from tests.gpu.mutants import Mutant, text_of
 
-_PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"  # it reads nvcc's PTX and Triton's
+_PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas-blackwell"  # the newest there is, for all
 _ENTRY = re.compile(r"\s*(?:\.\w+\s+)*\.entry\s+([\w$]+)")
 
 
 class MachineCode:
     """What ptxas makes of one kernel of a PTX text, and of the kernel's mutants."""
 
-    def __init__(self, ptx: str, kernel: str) -> None:
+    def __init__(self, lines: Sequence[str], kernel: str) -> None:
+        """lines: the text's; those of other kernels are left out."""
+        ptx = "\n".join(lines)
         text = re.sub(r"^[ \t]*\.section[^{]*\{.*?\}", lambda m: "\n" * m[0].count("\n"), ptx, flags=re.S | re.M)
         self._lines = [re.sub(r"//.*|^\s*\.(loc|file)\b.*", "", line) for line in text.split("\n")]
         other = False  # inside another kernel, which is left out

@@ -1,10 +1,12 @@
 """Do the tests notice a wrong kernel? Runs the kernels' own tests on mutants of their PTX, and prints who survived.
 
-    python -m tests.gpu.mutate [--target N] [--mutants N] [--variants N] [--seconds N] [--seed N] [PYTEST ARGUMENT ...]
+    python -m tests.gpu.mutate [--target N] [--kernels REGEX] [--mutants N] [--variants N] [--seconds N] [--seed N]
+                               [PYTEST ARGUMENT ...]
 
 Pytest's arguments choose the tests (`tests/gpu/test_cuda_*.py tests/gpu/test_triton_*.py` by default, without those
 marked slow). Each runs once on the kernels as they are, which says what mutants it reaches; then those that reach a
-mutant run on it until one fails. A mutant that no thread comes to, and one that outlives its time, count as survivors.
+mutant run on it until one fails. A mutant that no thread comes to, and one that outlives its time, count as survivors,
+unless ptxas makes the kernel's own machine code of it.
 It takes minutes a file, and fails where less than nine in ten of a kernel's mutants are killed.
 """
 
@@ -29,6 +31,7 @@ from _pytest.runner import runtestprotocol
 
 import tests.gpu.ptx.triton as ptx_triton
 from tests.gpu import cuda_library, cuda_runs, simulate, triton_runs
+from tests.gpu.equivalent import MachineCode
 from tests.gpu.mutants import Mutant, MutatedModule
 from tests.gpu.ptx import Module
 
@@ -92,10 +95,11 @@ class Result:
     killed: int = 0
     survivors: list[Mutant] = field(default_factory=list)  # that a thread came to
     unreached: list[Mutant] = field(default_factory=list)
+    equivalent: int = 0
 
     @property
     def tried(self) -> int:
-        return self.killed + len(self.survivors) + len(self.unreached)
+        return self.killed + len(self.survivors) + len(self.unreached) + self.equivalent
 
     def told(self) -> list[str]:
         """A line for each survivor."""
@@ -108,11 +112,13 @@ class Mutation:
     """The pytest plugin that runs the collected tests on mutants.
 
     target: the architecture that all tests run on, since many mutants of one kernel tell more than the same ones of
-    three; mutants: of a compiled kernel, drawn by `seed`; variants: compiled kernels of one source that have mutants;
-    seconds: of the processor's time that the tests have for a mutant.
+    three; kernels: those that have mutants, a regular expression; mutants: of a compiled kernel, drawn by `seed`;
+    variants: compiled kernels of one source that have mutants; seconds: of the processor's time that the tests have for
+    a mutant.
     """
 
     target: int
+    kernels: str
     mutants: int
     variants: int
     seconds: float
@@ -138,7 +144,8 @@ class Mutation:
         def module(ptx: str, only: str = "", **_: object) -> Module:
             (kernel,) = [name for name in re.findall(r"\.entry\s+([\w$]+)", ptx) if re.search(only, name)]
             name = readable(kernel)
-            if [family_of(other.name) for other in made].count(family_of(name)) == self.variants:
+            variants = [family_of(other.name) for other in made].count(family_of(name))
+            if variants == self.variants or not re.search(self.kernels, name):
                 return Module(ptx, only=only)
             made.append(MutatedModule(ptx, kernel, self.mutants, self.seed, name=name))
             return made[-1]
@@ -176,13 +183,16 @@ class Mutation:
 
     def _result(self, module: MutatedModule, trials: list[Trial]) -> Result:
         result = Result(module.name, module.possible)
+        machine_code = MachineCode(module.parsed.lines, *module.kernels)
         for number, mutant in module.mutants.items():
             able = [trial for trial in trials if number in trial.reached.get(module, ())]
             module.alive = number
-            if not able:
-                result.unreached.append(mutant)
-            elif self._is_killed(module, able):
+            if able and self._is_killed(module, able):
                 result.killed += 1
+            elif machine_code.is_same(mutant):
+                result.equivalent += 1
+            elif not able:
+                result.unreached.append(mutant)
             else:
                 result.survivors.append(mutant)
         module.alive = None
@@ -202,13 +212,13 @@ class Mutation:
 
 
 def share(results: list[Result]) -> float:
-    """Of the mutants that were tried, how many were killed."""
-    return sum(r.killed for r in results) / max(sum(r.tried for r in results), 1)
+    """Of the mutants that were tried and change something, how many were killed."""
+    return sum(r.killed for r in results) / max(sum(r.tried - r.equivalent for r in results), 1)
 
 
 def row(kernel: str, results: list[Result]) -> str:
     """A line of the table."""
-    counts = [(r.possible, r.tried, len(r.unreached), r.killed) for r in results]
+    counts = [(r.possible, r.tried, r.equivalent, len(r.unreached), r.killed) for r in results]
     sums = [sum(numbers) for numbers in zip(*counts, strict=True)]
     return f"| `{kernel}` | {' | '.join(map(str, [len(results), *sums]))} | {share(results):.0%} |"
 
@@ -216,6 +226,7 @@ def row(kernel: str, results: list[Result]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.mutate", description=__doc__.split("\n")[0])
     parser.add_argument("--target", type=int, default=90, help="the architecture, 90 for sm_90")
+    parser.add_argument("--kernels", default="", help="a regular expression: the kernels that have mutants")
     parser.add_argument("--mutants", type=int, default=30, help="the most mutants of a compiled kernel")
     parser.add_argument("--variants", type=int, default=4, help="the most compiled variants of a kernel with mutants")
     parser.add_argument("--seconds", type=float, default=10, help="how long tests run on a mutant")
@@ -223,15 +234,17 @@ def main(arguments: list[str] | None = None) -> int:
     options, chosen = parser.parse_known_args(arguments)
     torch.set_num_threads(1)
     files = [str(path) for backend in ("cuda", "triton") for path in sorted(HERE.glob(f"test_{backend}_*.py"))]
-    plugin = Mutation(options.target, options.mutants, options.variants, options.seconds, options.seed)
+    plugin = Mutation(
+        options.target, options.kernels, options.mutants, options.variants, options.seconds, options.seed
+    )
     chosen = chosen or files
     if failed := pytest.main([*chosen, "-q", "-s", "--tb=line", "-p", "no:cacheprovider"], plugins=[plugin]):
         return int(failed)
     kernels: dict[str, list[Result]] = {}
     for result in plugin.results:
         kernels.setdefault(family_of(result.kernel), []).append(result)
-    print("| kernel | compiled variants | mutants | tried | not reached | killed | share |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print("| kernel | compiled variants | mutants | tried | equivalent | not reached | killed | share |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for kernel, results in kernels.items():
         print(row(kernel, results))
     return 0 if min(map(share, kernels.values())) >= ENOUGH else 1
