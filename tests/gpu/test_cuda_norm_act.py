@@ -129,6 +129,42 @@ def test_parameters_are_optional(names: tuple[str, ...], layout: str, target: in
         check(case, inputs, grad, got, activation=activation)
 
 
+# In several launches on sm_80, with either layout: more parts than a warp has lanes; two samples of two groups of whole
+# vectors; slabs of one group and rows of odd length; channels cut, with a last piece of odd length.
+SPLIT: list[Case] = [((1, 5, 97, 99), 1), ((2, 8, 48, 64), 2), ((1, 258, 9, 9), 2), ((2, 2101, 3, 1), 1)]
+
+
+@pytest.mark.parametrize("case", SPLIT, ids=case_id)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_groups_of_several_launches(case: Case, layout: str) -> None:
+    inputs, grad = inputs_of(case, layout, torch.float32), laid_out(torch.randn(case[0]), layout)
+    with simulate.backend("cuda", 80) as launches:
+        got = results(inputs, case[1], grad)
+    assert sum("apply" in launch.kernel for launch in launches) == 2
+    check(case, inputs, grad, got)
+
+
+@pytest.mark.parametrize(
+    ("layout", "target", "dtype"),
+    [
+        ("contiguous", 80, torch.float32),
+        ("channels_last", 80, torch.float32),
+        ("contiguous", 80, torch.bfloat16),  # in a cluster since sm_90
+        ("channels_last", 90, torch.bfloat16),
+    ],
+)
+def test_parameters_of_groups_of_several_launches(layout: str, target: int, dtype: torch.dtype) -> None:
+    case: Case = ((2, 3201, 5, 1), 1)
+    x, grad = (laid_out(t, layout).to(dtype) for t in (torch.randn(case[0]) * 2 + 1, torch.randn(case[0])))
+    for names in ((), ("weight",), ("bias", "shift"), ("scale", "embedding"), NAMES):
+        for activation, parameter_dtype in (("silu", dtype), (None, torch.float32)):
+            inputs = {"x": x, **parameters(case[0], parameter_dtype, names)}
+            with simulate.backend("cuda", target) as launches:
+                got = results(inputs, case[1], grad, activation=activation)
+            assert sum("apply" in launch.kernel for launch in launches) == 2
+            check(case, inputs, grad, got, activation=activation)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("wanted", ["x", *NAMES])
 def test_each_gradient_alone(wanted: str, layout: str) -> None:
@@ -200,10 +236,10 @@ def test_not_finite_is_as_in_eager_pytorch() -> None:
 # ---- Layouts, views and out ----
 
 
+@pytest.mark.parametrize("case", [((2, 24, 8, 8), 3), ((1, 8, 48, 64), 2)], ids=case_id)
 @pytest.mark.parametrize(("target", "dtype"), QUICK, ids=[f"sm_{a}-{d}" for a, d in QUICK])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_no_bit_depends_on_the_alignment(layout: str, target: int, dtype: torch.dtype) -> None:
-    case = ((2, 24, 8, 8), 3)
+def test_no_bit_depends_on_the_alignment(layout: str, target: int, dtype: torch.dtype, case: Case) -> None:
     inputs, grad = inputs_of(case, layout, dtype), laid_out(torch.randn(case[0]), layout).to(dtype)
 
     def moved(tensor: Tensor) -> Tensor:
