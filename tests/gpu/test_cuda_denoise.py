@@ -68,6 +68,8 @@ CASES = [
     Case((3, 3, 9, 11), "contiguous", LAST, torch.float16, "v", "fixed", "none", False, "none", True),
     Case((3, 3, 9, 11), LAST, LAST, torch.bfloat16, "x_prev", "learned", "seed", True, "threshold", True, offset=1),
     Case((3, 4, 8, 8), LAST, LAST, torch.bfloat16, "x0", wants_x0=True),
+    Case((2, 5, 7, 9), LAST, LAST, torch.bfloat16, "epsilon", "learned", guided=True, bound="threshold"),
+    Case((2, 3, 10, 24), LAST, LAST, torch.bfloat16, "x_prev", "learned_range", bound="none", wants_x0=True),
     Case((300, 3, 5), "contiguous", "contiguous", torch.float32, "x_prev", "fixed", "seed", True, "threshold", True),
     Case((2, 300, 3, 3), LAST, LAST, torch.float32, "epsilon", "learned", bound="threshold"),
     Case((1, 2, 5, 7, 9), "contiguous", "contiguous", torch.float16, "x0", "learned", "given", offset=3, in_place=True),

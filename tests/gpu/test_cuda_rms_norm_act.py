@@ -97,6 +97,18 @@ def test_parameters_and_activation_are_optional(layout: str) -> None:
         assert_close(y, exact(x, **given, activation=None))
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_gradients_of_parameters_of_any_dtype(dtype: torch.dtype) -> None:
+    shape = (35, 40, 3, 3)  # more samples than two rounds of a block of rms_norm_act_weight
+    x, grad = (torch.randn(shape).to(dtype) for _ in range(2))
+    for names in (("weight",), ("weight", "scale"), ("scale",), ("shift",), ()):
+        for parameter_dtype in dict.fromkeys((dtype, torch.float32)):
+            inputs = {"x": x, **parameters(shape, parameter_dtype, names)}
+            with simulate.backend("cuda", 80):
+                got = results(inputs, grad, activation=None)
+            check(inputs, grad, got, activation=None)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_norm_below_eps_divides_by_eps(layout: str) -> None:
     inputs, grad = inputs_of((2, 16, 5, 5), layout, torch.float32), laid_out(torch.randn(2, 16, 5, 5), layout)
