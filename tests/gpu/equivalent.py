@@ -1,7 +1,7 @@
 """Mutants that change nothing: ptxas makes the same machine code of them as of the kernel.
 
-What computes the same often compiles to the same: results that nobody reads, an `or` of bits that are never both set,
-a sign that a value cannot have. An optimiser that is right never makes one program of two that differ, so that such a
+What computes the same may compile to the same: a result that nobody reads, a sum with what is always zero, a sign that
+a value cannot have. An optimiser that is right never makes one program of two that differ, so that such a
 mutant is none, whatever the tests are (Papadakis et al. 2015, Trivial Compiler Equivalence). The reverse does not hold:
 most mutants that compute the same compile to something else, and count.
 """
@@ -19,7 +19,8 @@ import triton
 
 from tests.gpu.mutants import Mutant, text_of
 
-_PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas-blackwell"  # the newest there is, for all
+# The newest there is: it reads the PTX of nvcc and of Triton, for every architecture.
+_PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas-blackwell"
 _ENTRY = re.compile(r"\s*(?:\.\w+\s+)*\.entry\s+([\w$]+)")
 
 

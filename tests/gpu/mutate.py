@@ -234,9 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
     options, chosen = parser.parse_known_args(arguments)
     torch.set_num_threads(1)
     files = [str(path) for backend in ("cuda", "triton") for path in sorted(HERE.glob(f"test_{backend}_*.py"))]
-    plugin = Mutation(
-        options.target, options.kernels, options.mutants, options.variants, options.seconds, options.seed
-    )
+    plugin = Mutation(options.target, options.kernels, options.mutants, options.variants, options.seconds, options.seed)
     chosen = chosen or files
     if failed := pytest.main([*chosen, "-q", "-s", "--tb=line", "-p", "no:cacheprovider"], plugins=[plugin]):
         return int(failed)

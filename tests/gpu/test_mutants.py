@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from tests.gpu import mutants
+from tests.gpu.equivalent import MachineCode
 from tests.gpu.mutants import MutatedModule
 from tests.gpu.ptx import Module, nvcc
+from tests.gpu.ptx.parse import Parsed
 
 SOURCE = Path(__file__).parent / "gates.cu"
 
@@ -100,3 +102,41 @@ def test_constants_become_others() -> None:
 def test_mutants_read_as_ptx(module: MutatedModule) -> None:
     texts = {str(mutant) for mutant in module.mutants.values()}
     assert any("barrier dropped: bar.sync 0 -> (dropped)" in text for text in texts)
+
+
+# Of the same module, another kernel, which is left out; a value that nobody reads; a shift by a constant that ptxas knows
+# to give the same; and a store.
+TWO_KERNELS = """
+.version 8.0
+.target sm_90
+.address_size 64
+.visible .entry other() { ret; }
+.visible .entry kernel(.param .u64 out)
+{
+  .reg .b32 %r<5>;
+  .reg .b64 %rd<2>;
+  ld.param.u64 %rd1, [out];
+  mov.u32 %r1, %tid.x;
+  add.s32 %r2, %r1, 7;
+  shr.s32 %r3, %r1, 31;
+  add.s32 %r4, %r3, %r1;
+  st.global.u32 [%rd1], %r4;
+  ret;
+}
+"""
+
+
+def test_what_compiles_to_the_same_is_no_mutant() -> None:
+    parsed = Parsed(TWO_KERNELS)
+    machine_code = MachineCode(parsed.lines, "kernel")
+    same = {
+        text
+        for x in parsed.functions["kernel"].code
+        for mutant in (mutants.mutants_of(x) if x.kind == "op" else ())
+        if machine_code.is_same(mutant) and (text := str(mutant).partition(": ")[2])
+    }
+    assert same == {
+        "add.s32 %r2, %r1, 7 -> sub.s32 %r2, %r1, 7",
+        "add.s32 %r2, %r1, 7 -> add.s32 %r2, %r1, 8",
+        "shr.s32 %r3, %r1, 31 -> shr.s32 %r3, %r1, 32",
+    }
