@@ -87,6 +87,7 @@ DDPM_FAST_INLINE void store_quarters(float* p, int64_t stride, F a) {
   _mm_storeu_ps(p + 2 * stride, _mm512_extractf32x4_ps(a.v, 2));
   _mm_storeu_ps(p + 3 * stride, _mm512_extractf32x4_ps(a.v, 3));
 }
+template <int q> DDPM_FAST_INLINE void store_quarter(float* p, F a) { _mm_storeu_ps(p, _mm512_extractf32x4_ps(a.v, q)); }
 
 DDPM_FAST_INLINE F load(const Half* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
@@ -213,6 +214,9 @@ DDPM_FAST_INLINE void store_quarters(float* p, int64_t stride, F x) {
   _mm_storeu_ps(p + 2 * stride, _mm256_castps256_ps128(x.b));
   _mm_storeu_ps(p + 3 * stride, _mm256_extractf128_ps(x.b, 1));
 }
+template <int q> DDPM_FAST_INLINE void store_quarter(float* p, F x) {
+  _mm_storeu_ps(p, _mm256_extractf128_ps(q < 2 ? x.a : x.b, q % 2));
+}
 
 DDPM_FAST_INLINE F load(const Half* p) {
   const __m128i* q = reinterpret_cast<const __m128i*>(p);
@@ -320,6 +324,7 @@ DDPM_FAST_INLINE F load_quarters(const float* p, int64_t stride) DDPM_FAST_EACH(
 DDPM_FAST_INLINE void store_quarters(float* p, int64_t stride, F a) {
   for (int i = 0; i < kLanes; ++i) p[i / 4 * stride + i % 4] = a.v[i];
 }
+template <int q> DDPM_FAST_INLINE void store_quarter(float* p, F a) { std::memcpy(p, a.v + 4 * q, 16); }
 
 DDPM_FAST_INLINE F load(const Half* p) DDPM_FAST_EACH(F, static_cast<float>(p[i]))
 DDPM_FAST_INLINE void store(Half* p, F a) {
@@ -383,6 +388,15 @@ DDPM_FAST_INLINE void store(float* p, F a, int n) {
   if (n > 8) _mm256_maskstore_ps(p + 8, lane_mask(n - 8), a.b);
 }
 #endif
+
+// Quarter q of a, b, c and d to p + 4q, p + 4q + 1, ... times the stride, in that order.
+template <int q = 0> DDPM_FAST_INLINE void store_quarters_in_turn(float* p, int64_t stride, F a, F b, F c, F d) {
+  store_quarter<q>(p, a);
+  store_quarter<q>(p + stride, b);
+  store_quarter<q>(p + 2 * stride, c);
+  store_quarter<q>(p + 3 * stride, d);
+  if constexpr (q < 3) store_quarters_in_turn<q + 1>(p + 4 * stride, stride, a, b, c, d);
+}
 
 // The last vector of a run may be partial; the test costs nothing beside the arithmetic.
 template <class T> DDPM_FAST_INLINE F load_lanes(const T* p, int n) { return n == kLanes ? load(p) : load(p, n); }
