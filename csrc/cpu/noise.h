@@ -69,18 +69,25 @@ static void fill_normal(float* out, int64_t first, int64_t count, const NoiseKey
 
 // planes[c][i] to out[i][c].
 static void interleave(float* out, const float* planes, int64_t channels, int64_t pixels) {
-  // Sixteen pixels are written four channels at a time; what the last four have too many runs over into the next
-  // pixel, which is written later. The tile's last pixel, which has none behind it, is left to the end.
   int64_t done = 0;
-  while (pixels - done > 1 && pixels > kLanes) {
-    const int64_t pixel = std::min(done, pixels - 1 - kLanes);
-    for (int64_t c = (channels - 1) / 4 * 4; c >= 0; c -= 4) {
-      const auto plane = [&](int64_t i) { return load(planes + std::min(c + i, channels - 1) * pixels + pixel); };
-      F a = plane(0), b = plane(1), d = plane(2), e = plane(3);
-      transpose4(a, b, d, e);
-      store_quarters_in_turn(out + pixel * channels + c, channels, a, b, d, e);
+  if (channels == 3) {
+    for (; done + kLanes <= pixels; done += kLanes) {
+      const float* const plane = planes + done;
+      store_threes(out + 3 * done, load(plane), load(plane + pixels), load(plane + 2 * pixels));
     }
-    done = pixel + kLanes;
+  } else {
+    // Sixteen pixels are written four channels at a time. What the last four have too many runs over into the next
+    // pixel, which is written later; hence the tile's last pixel, which has none behind it, is left to the end.
+    while (pixels > kLanes && done + 1 < pixels) {
+      const int64_t pixel = std::min(done, pixels - 1 - kLanes);
+      for (int64_t c = (channels - 1) / 4 * 4; c >= 0; c -= 4) {
+        const auto plane = [&](int64_t i) { return load(planes + std::min(c + i, channels - 1) * pixels + pixel); };
+        F v[4] = {plane(0), plane(1), plane(2), plane(3)};
+        transpose4(v[0], v[1], v[2], v[3]);
+        store_quarters_in_turn(out + pixel * channels + c, channels, v[0], v[1], v[2], v[3]);
+      }
+      done = pixel + kLanes;
+    }
   }
   for (; done < pixels; ++done)
     for (int64_t c = 0; c < channels; ++c) out[done * channels + c] = planes[c * pixels + done];
