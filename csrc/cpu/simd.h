@@ -87,6 +87,21 @@ DDPM_FAST_INLINE void store_quarters(float* p, int64_t stride, F a) {
   _mm_storeu_ps(p + 2 * stride, _mm512_extractf32x4_ps(a.v, 2));
   _mm_storeu_ps(p + 3 * stride, _mm512_extractf32x4_ps(a.v, 3));
 }
+template <int q> DDPM_FAST_INLINE void store_quarter(float* p, F a) { _mm_storeu_ps(p, _mm512_extractf32x4_ps(a.v, q)); }
+// a[0], b[0], c[0], a[1], ...: every output takes a and b by one permutation, then c.
+DDPM_FAST_INLINE void store_threes(float* p, F a, F b, F c) {
+  alignas(64) static constexpr int kFromAB[3][kLanes] = {{0, 16, 0, 1, 17, 0, 2, 18, 0, 3, 19, 0, 4, 20, 0, 5},
+                                                         {21, 0, 6, 22, 0, 7, 23, 0, 8, 24, 0, 9, 25, 0, 10, 26},
+                                                         {0, 11, 27, 0, 12, 28, 0, 13, 29, 0, 14, 30, 0, 15, 31, 0}};
+  alignas(64) static constexpr int kFromC[3][kLanes] = {{0, 0, 0, 0, 0, 1, 0, 0, 2, 0, 0, 3, 0, 0, 4, 0},
+                                                        {0, 5, 0, 0, 6, 0, 0, 7, 0, 0, 8, 0, 0, 9, 0, 0},
+                                                        {10, 0, 0, 11, 0, 0, 12, 0, 0, 13, 0, 0, 14, 0, 0, 15}};
+  constexpr __mmask16 kC[3] = {0x4924, 0x2492, 0x9249};
+  DDPM_FAST_UNROLL for (int i = 0; i < 3; ++i) {
+    const __m512 ab = _mm512_permutex2var_ps(a.v, _mm512_load_si512(kFromAB[i]), b.v);
+    _mm512_storeu_ps(p + i * kLanes, _mm512_mask_permutexvar_ps(ab, kC[i], _mm512_load_si512(kFromC[i]), c.v));
+  }
+}
 
 DDPM_FAST_INLINE F load(const Half* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
@@ -213,6 +228,23 @@ DDPM_FAST_INLINE void store_quarters(float* p, int64_t stride, F x) {
   _mm_storeu_ps(p + 2 * stride, _mm256_castps256_ps128(x.b));
   _mm_storeu_ps(p + 3 * stride, _mm256_extractf128_ps(x.b, 1));
 }
+template <int q> DDPM_FAST_INLINE void store_quarter(float* p, F x) {
+  _mm_storeu_ps(p, _mm256_extractf128_ps(q < 2 ? x.a : x.b, q % 2));
+}
+DDPM_FAST_INLINE void store_threes_half(float* p, __m256 a, __m256 b, __m256 c) {
+  const __m256 ab = _mm256_shuffle_ps(a, b, 0x88);  // a0 a2 b0 b2 of each quarter
+  const __m256 bc = _mm256_shuffle_ps(b, c, 0xdd);  // b1 b3 c1 c3
+  const __m256 ca = _mm256_shuffle_ps(c, a, 0xd8);  // c0 c2 a1 a3
+  const __m256 first = _mm256_shuffle_ps(ab, ca, 0x88), second = _mm256_shuffle_ps(bc, ab, 0xd8),
+               third = _mm256_shuffle_ps(ca, bc, 0xdd);
+  _mm256_storeu_ps(p, _mm256_permute2f128_ps(first, second, 0x20));
+  _mm256_storeu_ps(p + 8, _mm256_permute2f128_ps(third, first, 0x30));
+  _mm256_storeu_ps(p + 16, _mm256_permute2f128_ps(second, third, 0x31));
+}
+DDPM_FAST_INLINE void store_threes(float* p, F x, F y, F z) {
+  store_threes_half(p, x.a, y.a, z.a);
+  store_threes_half(p + 24, x.b, y.b, z.b);
+}
 
 DDPM_FAST_INLINE F load(const Half* p) {
   const __m128i* q = reinterpret_cast<const __m128i*>(p);
@@ -320,6 +352,10 @@ DDPM_FAST_INLINE F load_quarters(const float* p, int64_t stride) DDPM_FAST_EACH(
 DDPM_FAST_INLINE void store_quarters(float* p, int64_t stride, F a) {
   for (int i = 0; i < kLanes; ++i) p[i / 4 * stride + i % 4] = a.v[i];
 }
+template <int q> DDPM_FAST_INLINE void store_quarter(float* p, F a) { std::memcpy(p, a.v + 4 * q, 16); }
+DDPM_FAST_INLINE void store_threes(float* p, F a, F b, F c) {
+  for (int i = 0; i < kLanes; ++i) p[3 * i] = a.v[i], p[3 * i + 1] = b.v[i], p[3 * i + 2] = c.v[i];
+}
 
 DDPM_FAST_INLINE F load(const Half* p) DDPM_FAST_EACH(F, static_cast<float>(p[i]))
 DDPM_FAST_INLINE void store(Half* p, F a) {
@@ -383,6 +419,15 @@ DDPM_FAST_INLINE void store(float* p, F a, int n) {
   if (n > 8) _mm256_maskstore_ps(p + 8, lane_mask(n - 8), a.b);
 }
 #endif
+
+// Quarter q of a, b, c and d to p + 4q, p + 4q + 1, ... times the stride, in that order.
+template <int q = 0> DDPM_FAST_INLINE void store_quarters_in_turn(float* p, int64_t stride, F a, F b, F c, F d) {
+  store_quarter<q>(p, a);
+  store_quarter<q>(p + stride, b);
+  store_quarter<q>(p + 2 * stride, c);
+  store_quarter<q>(p + 3 * stride, d);
+  if constexpr (q < 3) store_quarters_in_turn<q + 1>(p + 4 * stride, stride, a, b, c, d);
+}
 
 // The last vector of a run may be partial; the test costs nothing beside the arithmetic.
 template <class T> DDPM_FAST_INLINE F load_lanes(const T* p, int n) { return n == kLanes ? load(p) : load(p, n); }

@@ -19,7 +19,12 @@ from .patterns import SILU, Patterns
 from .scope import Scope
 from .sites import Site
 
-_INJECTED = {rewrite.NORM_ACT: fused.norm_act, rewrite.EMBEDDED: fused.embedded, SILU: F.silu}
+_INJECTED = {
+    rewrite.NORM_ACT: fused.norm_act,
+    rewrite.EMBEDDED: fused.embedded,
+    rewrite.DIVIDED: fused.divided,
+    SILU: F.silu,
+}
 
 _Answers = dict[tuple[str, str], tuple[ast.expr, bool]]
 _Result = tuple[ast.FunctionDef, list[rewrite.Fused]] | tuple[()]

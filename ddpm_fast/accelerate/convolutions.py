@@ -12,6 +12,7 @@ from ..ops._check import needs_grad
 from ..ops.conv import ConvPlan, conv3x3, cpu_isa, plan_conv3x3
 from .computed import FusedComputedConv, as_torch_lays_out, fused_class
 from .patch import Accelerated, is_accelerated, mark, marked, subclass, swap
+from .standardized import FusedStandardizedConv, standardizes
 
 
 class FusedConv(Accelerated, nn.Conv2d):
@@ -49,8 +50,13 @@ def accelerate_convs(model: nn.Module, mode: str) -> None:
 def _accelerate_conv(conv: nn.Module, mode: str) -> str | None:
     """Why it could not be done after all; None if it was."""
     assert isinstance(conv, nn.Conv2d)
-    plain = type(conv).forward is nn.Conv2d.forward
-    made = subclass(FusedConv, type(conv)) if plain else fused_class(conv, mode)
+    made: type[Accelerated] | None
+    if type(conv).forward is nn.Conv2d.forward:
+        made = subclass(FusedConv, type(conv))
+    elif standardizes(conv):
+        made = subclass(FusedStandardizedConv, type(conv))
+    else:
+        made = fused_class(conv, mode)
     if made is None:
         return "it has a forward of its own, in which no call of torch's conv2d can be seen"
     try:
@@ -63,7 +69,7 @@ def _accelerate_conv(conv: nn.Module, mode: str) -> str | None:
 
 def conv_note(module: nn.Module, untouched: str) -> tuple[bool, str]:
     """Whether a convolution runs on the fused op; how, or why not."""
-    if isinstance(module, (Conv3x3, FusedConv, FusedComputedConv)):
+    if isinstance(module, (Conv3x3, FusedConv, FusedComputedConv, FusedStandardizedConv)):
         mode = module.mode if isinstance(module, Conv3x3) else marked(module, "mode")
         plan = _plan(module, mode)
         return plan.tile is not None, f"{mode}, {plan.reason}"

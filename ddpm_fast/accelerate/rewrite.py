@@ -20,13 +20,14 @@ import ast
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from .patterns import Activated, Normed, Patterns, normed
 from .scope import SCOPED, names, walk_here
 
 NORM_ACT = "_ddpm_fast_norm_act"
 EMBEDDED = "_ddpm_fast_embedded"
+DIVIDED = "_ddpm_fast_divided"
 
 # Calls that may stand between a norm and its activation: they do not write into a tensor.
 _VIEWS = ["chunk", "split", "unbind", "rearrange", "view", "reshape", "unsqueeze", "squeeze", "flatten", "expand"]
@@ -435,6 +436,9 @@ class _Expressions(ast.NodeTransformer):
             if found is not None and (act is not None or found.scale is not None):
                 fused = self._fuse(found, act)
                 return ast.copy_location(fused, node)
+        if _is_sum_by_attribute(node):
+            sum_and_factor = [self.visit(node.left), node.right]
+            return ast.copy_location(ast.Call(_load(DIVIDED), sum_and_factor, []), node)
         return self.generic_visit(node)
 
     def _is_core(self, node: ast.expr) -> bool:
@@ -473,6 +477,18 @@ def _target(node: ast.stmt) -> str | None:
     if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
         return node.targets[0].id
     return None
+
+
+def _is_sum_by_attribute(node: ast.AST) -> TypeGuard[ast.BinOp]:
+    """Whether it is `(a + b) / c.d`, as blocks end whose output can be scaled."""
+    return (
+        isinstance(node, ast.BinOp)
+        and isinstance(node.op, ast.Div)
+        and isinstance(node.left, ast.BinOp)
+        and isinstance(node.left.op, ast.Add)
+        and isinstance(node.right, ast.Attribute)
+        and isinstance(node.right.value, ast.Name)
+    )
 
 
 def _is_harmless_call(node: ast.Call) -> bool:

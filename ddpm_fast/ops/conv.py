@@ -254,7 +254,7 @@ class _Conv3x3(torch.autograd.Function):
         mode: str,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.mode, ctx.has_bias = mode, bias is not None
+        ctx.mode = mode
         return _convolved(x, weight, bias, residual, prepared, False, mode, None)
 
     @staticmethod

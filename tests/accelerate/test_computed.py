@@ -16,8 +16,8 @@ from einops import reduce
 from torch import Tensor, nn
 
 import ddpm_fast as df
-from ddpm_fast.accelerate import acceleration_report, computed
-from ddpm_fast.ops.conv import cpu_isa
+from ddpm_fast.accelerate import acceleration_report, computed, standardized
+from ddpm_fast.ops.conv import conv3x3, cpu_isa
 
 pytestmark = pytest.mark.skipif(
     cpu_isa() not in ("avx512", "avx2"), reason="without vector instructions torch computes the convolutions"
@@ -45,8 +45,20 @@ class ByKeyword(nn.Conv2d):
         return torch.conv2d(x, 0.5 * self.weight, bias=self.bias, padding=1)
 
 
-KINDS = {"article": WeightStandardizedConv2d, "lucidrains": Lucidrains, "by_keyword": ByKeyword}
+class Divided(nn.Conv2d):
+    """The article's, but for an operator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = self.weight.mean(dim=(1, 2, 3), keepdim=True)
+        variance = self.weight.var(dim=(1, 2, 3), unbiased=False, keepdim=True)
+        weight = (self.weight - mean) / (variance + 1e-5).rsqrt()
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+STANDARDIZED = {"article": WeightStandardizedConv2d, "lucidrains": Lucidrains}
+KINDS = {**STANDARDIZED, "by_keyword": ByKeyword, "divided": Divided}
 every_kind = pytest.mark.parametrize("kind", KINDS)
+every_standardized_kind = pytest.mark.parametrize("kind", STANDARDIZED)
 
 
 def make(kind: str) -> nn.Conv2d:
@@ -57,13 +69,28 @@ def make(kind: str) -> nn.Conv2d:
 def modes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The mode of each call of the fused op."""
     seen: list[str] = []
-    op = computed.conv3x3
+    op = conv3x3
 
     def spy(*args: Any, mode: str) -> Tensor:
         seen.append(mode)
         return op(*args, mode=mode)
 
     monkeypatch.setattr(computed, "conv3x3", spy)
+    monkeypatch.setattr(standardized, "conv3x3", spy)
+    return seen
+
+
+@pytest.fixture
+def standardizations(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The weights that were standardised to be kept."""
+    seen: list[Tensor] = []
+    prepare = standardized._prepared
+
+    def spy(weight: Tensor) -> Any:
+        seen.append(weight.clone())
+        return prepare(weight)
+
+    monkeypatch.setattr(standardized, "_prepared", spy)
     return seen
 
 
@@ -104,6 +131,48 @@ def test_a_weight_computed_in_inference_mode_is_taken(modes: list[str]) -> None:
     with torch.inference_mode():
         assert torch.equal(conv(x), want)
     assert modes == ["exact"] * 2
+
+
+@every_standardized_kind
+def test_a_standardised_weight_is_kept_until_the_parameter_changes(kind: str, standardizations: list[Tensor]) -> None:
+    conv, x = df.accelerate(make(kind)), torch.randn(1, 24, 8, 8)
+    with torch.inference_mode():
+        in_inference_mode = conv(x)
+    assert torch.equal(conv(x), in_inference_mode)
+    assert len(standardizations) == 1
+    other = make(kind)
+    conv.load_state_dict(other.state_dict())
+    want = other(x)
+    assert (conv(x) - want).norm() <= 2e-6 * want.norm()
+    optimizer = torch.optim.SGD([conv.weight], lr=0.1, fused=True)
+    conv.weight.grad = torch.randn_like(conv.weight)
+    optimizer.step()
+    want = df.accelerate(make(kind)).eval()
+    want.load_state_dict(conv.state_dict())
+    assert torch.equal(conv(x), want(x))
+    assert len(standardizations) == 4  # the one of `want` among them
+
+
+@every_standardized_kind
+def test_a_parameter_made_in_inference_mode_is_standardised_in_every_call(
+    kind: str, standardizations: list[Tensor], modes: list[str]
+) -> None:
+    with torch.inference_mode():
+        conv, x = df.accelerate(make(kind)), torch.randn(1, 24, 8, 8)
+        conv(x)
+        conv.weight.mul_(torch.linspace(0.5, 2, 24)[:, None, None])
+        got, want = conv(x), df.restore(conv)(x)
+    assert (got - want).norm() <= 2e-6 * want.norm()
+    assert modes == ["exact"] * 2
+    assert standardizations == []
+
+
+def test_a_forward_that_differs_in_an_operator_is_not_taken_for_the_articles(standardizations: list[Tensor]) -> None:
+    conv, x = make("divided"), torch.randn(1, 24, 8, 8)
+    want = conv(x)
+    got = df.accelerate(conv)(x)
+    assert (got - want).norm() <= 2e-6 * want.norm()
+    assert standardizations == []
 
 
 @every_kind

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import ddpm_fast as df
+from ddpm_fast.accelerate import fused
 
 from . import originals as o
 
@@ -575,3 +576,37 @@ def test_probing_has_no_side_effects(capsys):
     with contextlib.suppress(KeyError):
         model(torch.randn(2, 4, 5, 3), None)
     assert "called" in capsys.readouterr().out
+
+
+class Scaled(Block):
+    """Ends as diffusers' blocks do."""
+
+    factor: object = 1.0
+
+    def forward(self, x):
+        h = self.act(self.norm(x))
+        return (x + h) / self.factor
+
+
+@pytest.mark.parametrize("factor", [1.0, 1, 2.0, True, torch.tensor(1.0)], ids=repr)
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+def test_a_sum_is_divided_by_any_factor_but_one(factor, grad):
+    block, x = Scaled(), torch.randn(2, 4, 3, 3, requires_grad=grad)
+    block.factor = factor
+    want = block(x)
+    df.accelerate(block)
+    with torch.profiler.profile() as profile:
+        got = block(x)
+    torch.testing.assert_close(got, want)
+    divisions = sum(event.count for event in profile.key_averages() if event.key == "aten::div")
+    assert divisions == (0 if type(factor) in (float, int) and factor == 1 else 1)
+    block.factor = 4.0  # looked at in every call
+    torch.testing.assert_close(block(x), df.restore(block)(x))
+    if grad:
+        (expected,) = torch.autograd.grad(want.sum(), x)
+        torch.testing.assert_close(torch.autograd.grad(got.sum(), x)[0], expected)
+
+
+def test_a_sum_of_whole_numbers_divided_by_one_is_not_whole():
+    total = torch.ones(2, dtype=torch.int64)
+    assert fused.divided(total, 1).dtype == torch.float32

@@ -116,6 +116,26 @@ def test_every_instruction_set_gives_the_same_bits(isa: str) -> None:
     assert run_with_isa(isa, code) == run_with_isa("", code)
 
 
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "generic"])
+def test_any_number_of_channels_is_interleaved(isa: str) -> None:
+    # Sizes about the runs of 16 and 128 pixels, between guards: what is written beyond the image shows.
+    code = """
+import ddpm_fast as df, torch
+for channels in (2, 3, 4, 5, 7, 8):
+    for pixels in (1, 2, 15, 16, 17, 18, 33, 127, 128, 129, 145, 700):
+        shape = (2, channels, 1, pixels)
+        guarded = torch.full((2 * channels * pixels + 32,), 7.0)
+        image = guarded[16:-16].view(2, 1, pixels, channels).permute(0, 3, 1, 2)
+        df.randn(shape, seed=5, out=image)
+        with df.use_backend("reference"):
+            expected = df.randn(shape, seed=5)
+        assert torch.equal(image, expected), shape
+        assert (guarded[:16] == 7).all() and (guarded[-16:] == 7).all(), shape
+print("equal")
+"""
+    assert run_with_isa(isa, code) == "equal"
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_sample_alone_has_the_bits_it_has_in_a_batch(backend: str, layout: str) -> None:
     batch = df.randn((64, 3, 16, 15), seed=3, step=4, memory_format=LAYOUTS[layout])
