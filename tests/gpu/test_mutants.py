@@ -104,8 +104,8 @@ def test_mutants_read_as_ptx(module: MutatedModule) -> None:
     assert any("barrier dropped: bar.sync 0 -> (dropped)" in text for text in texts)
 
 
-# Of the same module, another kernel, which is left out; a value that nobody reads; a shift by a constant that ptxas knows
-# to give the same; and a store.
+# Another kernel of the module, which is left out; a value that nobody reads; a shift by a constant that ptxas knows to
+# give the same; and a store.
 TWO_KERNELS = """
 .version 8.0
 .target sm_90
