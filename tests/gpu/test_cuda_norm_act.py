@@ -252,6 +252,17 @@ def test_no_bit_depends_on_the_alignment(layout: str, target: int, dtype: torch.
     assert all(same_bits(a, b) for a, b in zip(aligned, misaligned, strict=True))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_result_may_lie_less_aligned_than_the_input(layout: str) -> None:
+    for shape, groups in (((2, 24, 8, 8), 3), ((1, 8, 48, 64), 2)):
+        x = laid_out(torch.randn(shape), layout)
+        out = torch.full((x.numel() + 3,), torch.nan)[3:].as_strided(x.shape, x.stride())
+        with simulate.backend("cuda", 80):
+            expected = df.group_norm_silu(x, groups)
+            df.group_norm_silu(x, groups, out=out)
+        assert same_bits(out, expected)
+
+
 @pytest.mark.parametrize("target", [80, 90])
 def test_views_are_read_where_they_lie(target: int) -> None:
     dtype = dict(QUICK)[target]
