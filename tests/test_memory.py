@@ -9,28 +9,31 @@ from torch import Tensor
 import ddpm_fast as df
 from ddpm_fast import _memory
 
-# Page faults of filling a large tensor four times, each time a new one, before, while and after memory is kept. In a
-# process of its own: malloc's state is the process's.
+# Page faults of filling a large tensor four times, each time a new one, before and while memory is kept; and of one
+# larger than all that was kept, afterwards. In a process of its own: malloc's state is the process's.
+# glibc asks for an aligned block with some bytes to spare, so a freed one may be too small for the next of its size:
+# the first ones in a process lie side by side (up to nine were seen) before two of them make room for all that follow.
 SCRIPT = """
 import resource, torch
 from ddpm_fast._memory import kept_memory
 
-LARGE = 24 << 20  # elements: above the thresholds that malloc ever moves to by itself
+LARGE = 9 << 20  # elements: above the thresholds that malloc ever moves to by itself
 
-def page_faults():
+def page_faults(elements=LARGE):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(4):
-        torch.ones(LARGE)
+        torch.ones(elements)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 page_faults()
 print(page_faults())
 with kept_memory():
-    page_faults()
+    for _ in range(5):
+        page_faults()
     with kept_memory():
         pass
     print(page_faults())
-print(page_faults())
+print(page_faults(24 * LARGE) // 24)
 """
 
 
@@ -50,7 +53,7 @@ glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this C lib
 def test_freed_memory_is_used_again() -> None:
     before, inside, after = page_faults()
     assert inside < before / 10
-    assert inside < after / 10
+    assert after > before / 2
 
 
 @glibc

@@ -199,7 +199,7 @@ def test_nvcc_from_pip_is_taken_only_where_cuda_is_asked_for(tmp_path: Path) -> 
     done = setup(tmp_path / "build", **given)
     assert done.returncode == 0, done.stderr
     assert "the CPU extension was not built" in done.stderr
-    assert "CUDA" not in done.stderr
+    assert "the CUDA extension" not in done.stderr  # a torch with CUDA has warnings of its own about CUDA_HOME
 
 
 @pytest.mark.slow
