@@ -45,6 +45,8 @@ DDPM_FAST_INLINE U operator^(U a, U b) { return {_mm512_xor_si512(a.v, b.v)}; }
 template <int n> DDPM_FAST_INLINE U shift_left(U a) { return {_mm512_slli_epi32(a.v, n)}; }
 template <int n> DDPM_FAST_INLINE U shift_right(U a) { return {_mm512_srli_epi32(a.v, n)}; }
 DDPM_FAST_INLINE F from_int(U a) { return {_mm512_cvtepi32_ps(a.v)}; }  // the lanes read as signed
+// Elements index % 8 of a table of eight, which `table` holds twice.
+DDPM_FAST_INLINE U lookup8(U table, U index) { return {_mm512_permutexvar_epi32(index.v, table.v)}; }
 DDPM_FAST_INLINE U bits(F a) { return {_mm512_castps_si512(a.v)}; }
 DDPM_FAST_INLINE F from_bits(U a) { return {_mm512_castsi512_ps(a.v)}; }
 DDPM_FAST_INLINE Mask negative(U a) { return {_mm512_movepi32_mask(a.v)}; }
@@ -174,6 +176,9 @@ template <int n> DDPM_FAST_INLINE U shift_right(U x) {
   return {_mm256_srli_epi32(x.a, n), _mm256_srli_epi32(x.b, n)};
 }
 DDPM_FAST_INLINE F from_int(U x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+DDPM_FAST_INLINE U lookup8(U table, U index) {
+  return {_mm256_permutevar8x32_epi32(table.a, index.a), _mm256_permutevar8x32_epi32(table.a, index.b)};
+}
 DDPM_FAST_INLINE U bits(F x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
 DDPM_FAST_INLINE F from_bits(U x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
 DDPM_FAST_INLINE Mask negative(U x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
@@ -329,6 +334,7 @@ DDPM_FAST_INLINE U operator^(U a, U b) DDPM_FAST_EACH(U, a.v[i] ^ b.v[i])
 template <int n> DDPM_FAST_INLINE U shift_left(U a) DDPM_FAST_EACH(U, a.v[i] << n)
 template <int n> DDPM_FAST_INLINE U shift_right(U a) DDPM_FAST_EACH(U, a.v[i] >> n)
 DDPM_FAST_INLINE F from_int(U a) DDPM_FAST_EACH(F, static_cast<float>(static_cast<int32_t>(a.v[i])))
+DDPM_FAST_INLINE U lookup8(U table, U index) DDPM_FAST_EACH(U, table.v[index.v[i] % 8])
 DDPM_FAST_INLINE U bits(F a) DDPM_FAST_EACH(U, word(a.v[i]))
 DDPM_FAST_INLINE F from_bits(U a) DDPM_FAST_EACH(F, real(a.v[i]))
 DDPM_FAST_INLINE Mask negative(U a) DDPM_FAST_EACH(Mask, a.v[i] >> 31)

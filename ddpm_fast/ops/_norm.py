@@ -128,22 +128,21 @@ def sums(dtype: torch.dtype) -> torch.dtype:
 def empty_gradients(x: Tensor, parameters: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
     """Where the gradients of x and of the parameters are to be written; None where none is needed."""
     gradients: list[Tensor | None] = [torch.empty_like(x) if needed[0] else None]
+    dtype = sums(x.dtype)
     for parameter, wanted in zip(parameters, needed[1:], strict=False):
         assert parameter is not None or not wanted
         gradients.append(
-            torch.empty(parameter.shape, dtype=sums(x.dtype), device=x.device)
+            torch.empty_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
             if wanted and parameter is not None
             else None
         )
     return gradients
 
 
-def cast_gradients(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor | None]) -> list[Tensor | None]:
+def cast_gradients(gradients: list[Tensor | None], parameters: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The same in the dtypes of the parameters."""
-    return [
-        gradients[0],
-        *(
-            gradient if gradient is None or parameter is None else gradient.to(parameter.dtype)
-            for gradient, parameter in zip(gradients[1:], parameters, strict=True)
-        ),
-    ]
+    for i, parameter in enumerate(parameters, 1):
+        gradient = gradients[i]
+        if gradient is not None and parameter is not None and gradient.dtype != parameter.dtype:
+            gradients[i] = gradient.to(parameter.dtype)
+    return gradients
