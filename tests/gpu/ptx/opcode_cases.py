@@ -550,6 +550,29 @@ for o, f in {"add": lambda u, v: fma("f32", u, 1.0, v), "mul": lambda u, v: mul(
         ),
         arch=100,
     )
+for t in ("f16", "bf16"):
+    for m in ("rn", "rz", "rm", "rp"):
+        case(
+            f"add.{m}.f32.{t} {{d}}, {{a}}, {{b}};",
+            "f32",
+            [t, "f32"],
+            lambda x, y, m=m: b(fma("f32", x, 1.0, y, m)),
+            arch=100,
+        )
+        case(
+            f"sub.{m}.f32.{t} {{d}}, {{a}}, {{b}};",
+            "f32",
+            [t, "f32"],
+            lambda x, y, m=m: b(fma("f32", x, 1.0, -y if y == y else y, m)),
+            arch=100,
+        )
+        case(
+            f"fma.{m}.f32.{t} {{d}}, {{a}}, {{b}}, {{c}};",
+            "f32",
+            [t, t, "f32"],
+            lambda x, y, z, m=m: b(fma("f32", x, y, z, m)),
+            arch=100,
+        )
 case(
     "fma.rn.f32x2 {d}, {a}, {b}, {c};",
     "u64",

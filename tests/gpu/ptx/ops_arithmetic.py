@@ -21,10 +21,22 @@ def _flushed(i: Ins, lanes: list[str]) -> list[str]:
     return [f"fz({x})" for x in lanes] if i.ftz and i.packed == "f32" else lanes
 
 
+def _mixed(i: Ins, halves: int) -> list[str] | None:
+    """The float32 operands of add.f32.bf16 and the like, whose first `halves` are widened; None for one type."""
+    if len(i.types) == 1:
+        return None
+    if i.types not in (["f32", "f16"], ["f32", "bf16"]) or i.name == "mul":
+        raise Unsupported(i.full)
+    widened = [f"(float)({i.val(k, i.t)})" for k in range(1, 1 + halves)]
+    return [*widened, *(i.val(k, "f32") for k in range(1 + halves, len(i.ops)))]
+
+
 @op("add", "sub", "mul")
 def add_sub_mul(i: Ins) -> str:
     symbol = {"add": "+", "sub": "-", "mul": "*"}[i.name]
     rounded = f"f{i.name}<{i.rnd}>"
+    if mixed := _mixed(i, halves=1):
+        return i.set(f"{rounded}({', '.join(mixed)})", "f32")
     if i.packed in FLOATS:
         sat = "sat" if i.sat else ""
         return i.lanes(i.packed, lambda a: f"{sat}({rounded}({', '.join(_flushed(i, a))}))")
@@ -84,6 +96,8 @@ def mul24(i: Ins) -> str:
 
 @op("fma")
 def fma(i: Ins) -> str:
+    if mixed := _mixed(i, halves=2):
+        return i.set(fused(i, "f32", mixed), "f32")
     if i.packed:
         return i.lanes(i.packed, lambda a: fused(i, i.packed, _flushed(i, a)))
     return i.set(fused(i, i.t, [i.val(1), i.val(2), i.val(3)]))
