@@ -63,10 +63,6 @@ DDPM_FAST_INLINE void fill_normal(float* out, int64_t first, int64_t count, cons
   }
 }
 
-static void fill_normal(float* out, int64_t first, int64_t count, const NoiseKey& key) {
-  fill_normal(out, first, count, key, [](int64_t, int64_t) {});
-}
-
 // planes[c][i] to out[i][c].
 static void interleave(float* out, const float* planes, int64_t channels, int64_t pixels) {
   int64_t done = 0;

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ast
+import functools
+import sys
 import types
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 
 from . import source
@@ -23,25 +27,30 @@ def parse_form(text: str) -> ast.FunctionDef:
     return tree
 
 
-def match(
-    form: ast.FunctionDef, method: types.FunctionType, module: nn.Module, known: Mapping[str, object]
-) -> dict[str, str] | None:
+def match(form: ast.FunctionDef, method: types.FunctionType, module: nn.Module) -> dict[str, str] | None:
     """The method's attributes of self by the form's names for them; None where the two do not say the same.
 
-    Local names, attributes of self, annotations, documentation and spaces in strings may differ.
+    Local names, attributes of self, annotations, documentation and spaces in strings may differ. What a form's free
+    names stand for, the method's have to be as well, the same objects.
 
     Args:
         form: made by `parse_form`.
         method: of the module's class.
         module: whose method it is.
-        known: what the form's free names stand for; the method's have to be the same objects.
 
     Raises:
         source.Unreadable: where the method's source cannot be had.
     """
     tree = source.parse(method)
-    comparison = _Comparison(Scope(method, tree, module), known)
+    comparison = _Comparison(Scope(method, tree, module), _known())
     return comparison.attributes if comparison.same(form, tree) else None
+
+
+def _known() -> dict[str, object]:
+    """What the forms' free names stand for; einops' only where the model's own code has imported it."""
+    einops = sys.modules.get("einops")
+    known: dict[str, object] = {"torch": torch, "F": F, "map": map, "partial": functools.partial}
+    return known | {name: getattr(einops, name) for name in ("rearrange", "reduce", "repeat") if einops is not None}
 
 
 class _Comparison:

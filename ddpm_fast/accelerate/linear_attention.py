@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import sys
 import types
 from typing import Any, NamedTuple
 
@@ -151,20 +149,13 @@ def _roles_of(module: nn.Module) -> _Roles | str:
         return unknown
     try:
         for form in (*_FORMS, _RESIDUAL_FORM):
-            names = forms.match(form, forward, module, _known())
+            names = forms.match(form, forward, module)
             if names is not None:
                 roles = _Roles(**names, residual=form is _RESIDUAL_FORM)
                 return _why_not(module, roles) or roles
     except source.Unreadable as error:
         return f"its forward not looked at: {error}"
     return unknown
-
-
-def _known() -> dict[str, object]:
-    """What the forms' free names stand for; einops' only where the model's own code has imported it."""
-    einops = sys.modules.get("einops")
-    known: dict[str, object] = {"torch": torch, "map": map, "partial": functools.partial}
-    return known | {name: getattr(einops, name) for name in ("rearrange", "repeat") if einops is not None}
 
 
 def _why_not(module: nn.Module, roles: _Roles) -> str | None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import sys
 import types
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.conv import plan_tensors
@@ -77,17 +74,10 @@ def standardizes(conv: nn.Conv2d) -> bool:
     if not isinstance(forward, types.FunctionType):
         return False
     try:
-        found = (forms.match(form, forward, conv, _known()) for form in _FORMS)
+        found = (forms.match(form, forward, conv) for form in _FORMS)
         return any(names is not None and all(ours == theirs for ours, theirs in names.items()) for names in found)
     except source.Unreadable:
         return False
-
-
-def _known() -> dict[str, object]:
-    """What the forms' free names stand for; einops' only where the model's own code has imported it."""
-    einops = sys.modules.get("einops")
-    known: dict[str, object] = {"torch": torch, "F": F, "partial": functools.partial}
-    return known if einops is None else known | {"reduce": einops.reduce}
 
 
 def _standardized(weight: Tensor) -> Tensor:
