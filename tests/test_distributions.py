@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import ddpm_fast as df
 
@@ -72,9 +73,11 @@ def install(wheel: Path, folder: Path) -> Path:
     return folder / "bin"
 
 
-def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        command, cwd=cwd, env={**inherited, **environment}, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done
 
@@ -150,4 +153,7 @@ def test_one_wheel_holds_both_extensions_and_draws_the_same_bits(tmp_path: Path)
     assert "cpu        available" in run(str(commands / "ddpm-fast"), "doctor", cwd=tmp_path).stdout
     images, stderr = sample(str(commands / "ddpm-fast"), cwd=tmp_path, out=tmp_path / "images")
     assert "RuntimeWarning" not in stderr
+    if torch.version.cuda is not None:  # with and without a GPU
+        # Everything that the extension takes of torch is looked up at once.
+        run(str(commands / "python"), "-c", "import ddpm_fast._cuda", cwd=tmp_path, LD_BIND_NOW="1")
     np.testing.assert_array_equal(images, source_sample(tmp_path / "expected"), strict=True)
