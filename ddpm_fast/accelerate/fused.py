@@ -1,4 +1,4 @@
-"""What accelerated code calls: a norm and what comes after it, in one pass or in the original steps."""
+"""What accelerated code calls: a norm or a doubling and what comes after it, in one pass or in the original steps."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _torch_module
 
 from .activations import is_silu_function, is_silu_module
+from .convolutions import FusedConv
 from .norms import FusedNorm
 from .patch import Accelerated
 
@@ -31,22 +32,37 @@ def is_plain_sequential(module: Any) -> bool:
     return isinstance(module, FusedSequential) or type(module).forward is nn.Sequential.forward
 
 
+def doubles(module: nn.Module) -> bool:
+    """Whether a module doubles an image's height and width by repeating its pixels, and does nothing else."""
+    return (
+        type(module) is nn.Upsample
+        and "forward" not in module.__dict__
+        and (module.mode, module.size) == ("nearest", None)
+        and module.scale_factor in (2, (2, 2))
+    )
+
+
 def run(modules: Sequence[nn.Module], x: Any) -> Any:
-    """One module after the other, a norm and the SiLU behind it in one pass."""
+    """One module after the other, a norm and the SiLU behind it, or a doubling and a convolution, in one pass."""
     i = 0
     while i < len(modules):
-        module = modules[i]
-        if i + 1 < len(modules) and isinstance(module, FusedNorm) and is_silu_module(modules[i + 1]):
-            x = norm_act(module, x, modules[i + 1])
-            i += 2
-        else:
+        module, following = modules[i], modules[i + 1] if i + 1 < len(modules) else None
+        y = None
+        if following is not None and isinstance(module, FusedNorm) and is_silu_module(following):
+            y = norm_act(module, x, following)
+        elif isinstance(following, FusedConv) and doubles(module) and not hooked(module) and not hooked(following):
+            y = following.doubled(x)
+        if y is None:
             x = module(x)
             i += 1
+        else:
+            x = y
+            i += 2
     return x
 
 
 class FusedSequential(Accelerated, nn.Sequential):
-    """nn.Sequential in which a norm and the SiLU behind it are one pass.
+    """nn.Sequential in which a norm and the SiLU behind it, or a doubling and a convolution, are one pass.
 
     It looks at its modules in every forward. A slice of it is of its class, and so is right wherever it is cut: what
     was cut off from its SiLU is a norm alone.
