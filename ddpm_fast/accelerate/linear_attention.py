@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from .. import backends
 from ..ops._check import is_transformed, needs_grad
 from ..ops.linear_attention import is_projecting_faster, linear_attention, projected_linear_attention
 from . import forms, source
-from .fused import hooked, is_plain_sequential, run
+from .fused import hooked, is_plain_projection, is_plain_sequential, run
 from .patch import Accelerated, is_accelerated, mark, marked, original_class, subclass, swap
 
 # The forwards that compute linear attention, as their authors write them.
@@ -110,7 +110,7 @@ class FusedLinearAttention(Accelerated, nn.Module):
 
 def _projects(to_qkv: nn.Module, last: nn.Module, heads: int, x: Any) -> bool:
     """Whether the projections go into the op."""
-    if not (_is_plain_projection(to_qkv) and to_qkv.bias is None and _is_plain_projection(last)):
+    if not (is_plain_projection(to_qkv) and to_qkv.bias is None and is_plain_projection(last)):
         return False
     if type(x) is not Tensor or not all(_is_like(p, x) for p in (to_qkv.weight, last.weight, last.bias)):
         return False
@@ -128,19 +128,6 @@ def _is_like(parameter: Tensor | None, x: Tensor) -> bool:
     if parameter is None:
         return True
     return type(parameter) is nn.Parameter and parameter.dtype == x.dtype and parameter.device == x.device
-
-
-def _is_plain_projection(module: nn.Module) -> TypeGuard[nn.Conv2d]:
-    """Whether a module is torch's 1x1 convolution, and nothing else is to happen when it is called."""
-    return (
-        type(module) is nn.Conv2d
-        and "forward" not in module.__dict__
-        and not hooked(module)
-        and set(module._parameters) == {"weight", "bias"}
-        and module.kernel_size == module.stride == (1, 1)
-        and module.padding in ((0, 0), "same", "valid")
-        and module.groups == 1
-    )
 
 
 def _takes(module: nn.Module, roles: _Roles, x: Any) -> bool:

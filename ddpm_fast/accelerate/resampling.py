@@ -1,4 +1,4 @@
-"""Images that are doubled and then convolved, in one op that never builds the large image."""
+"""Images that are doubled, or pixel-unshuffled, and then convolved: in one op that never builds what is convolved."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .convolutions import FusedConv
-from .fused import FusedSequential, doubles, hooked, is_plain_sequential
+from .fused import FusedSequential, doubles, hooked, is_plain_projection, is_plain_sequential, unshuffles
 from .patch import Accelerated, is_accelerated, subclass, swap
 
 
@@ -27,13 +27,17 @@ class FusedUpsample2D(Accelerated, nn.Module):
         return super().forward(*args, **kwargs)
 
 
-def accelerate_upsamplings(model: nn.Module) -> None:
-    """Puts doublings before accelerated convolutions on the fused op: in Sequentials, and diffusers' Upsample2D."""
+def accelerate_resamplings(model: nn.Module) -> None:
+    """Lets Sequentials, and diffusers' Upsample2D, run a change of resolution and the convolution behind it as one."""
     for module in model.modules():
         if is_plain_sequential(module):
             layers = list(module)  # type: ignore[call-overload]
             pairs = pairwise(layers)
-            found = any(doubles(first) and isinstance(second, FusedConv) for first, second in pairs)
+            found = any(
+                (doubles(first) and isinstance(second, FusedConv))
+                or (unshuffles(first) is not None and is_plain_projection(second))
+                for first, second in pairs
+            )
             made: type[Accelerated] = FusedSequential
         else:
             found, made = _is_diffusers(module), FusedUpsample2D

@@ -1,4 +1,4 @@
-"""Doublings in accelerated models: which go into the convolution behind them, and when they do not."""
+"""Changes of resolution in accelerated models: which go into the convolution behind them, and when they do not."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.upsampling import Upsample2D
+from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
 import ddpm_fast as df
-from ddpm_fast.accelerate import acceleration_report, convolutions
+from ddpm_fast.accelerate import acceleration_report, convolutions, fused
 from ddpm_fast.ops.conv import cpu_isa
 
 from . import originals as o
 
 CL = torch.channels_last
 
-pytestmark = pytest.mark.skipif(
+needs_kernel = pytest.mark.skipif(
     cpu_isa() not in ("avx512", "avx2"), reason="without vector instructions torch computes the convolutions"
 )
 
@@ -72,6 +73,7 @@ def rms(difference: Tensor) -> float:
     return float(difference.double().square().mean().sqrt())
 
 
+@needs_kernel
 @pytest.mark.parametrize("layout", [torch.contiguous_format, CL], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("name", FOLDED)
 @torch.no_grad()
@@ -100,6 +102,7 @@ def test_what_is_no_doubling_before_a_fused_convolution_stays(name: str, calls: 
     assert True not in calls
 
 
+@needs_kernel
 @pytest.mark.parametrize("name", FOLDED)
 @torch.no_grad()
 def test_hooks_see_the_large_image(name: str, calls: list[bool]) -> None:
@@ -112,6 +115,7 @@ def test_hooks_see_the_large_image(name: str, calls: list[bool]) -> None:
     assert calls == [False]
 
 
+@needs_kernel
 @torch.no_grad()
 def test_a_hook_on_the_doubling_and_a_slice_of_it(calls: list[bool]) -> None:
     model = df.accelerate(o.fill(sequential()))
@@ -125,6 +129,7 @@ def test_a_hook_on_the_doubling_and_a_slice_of_it(calls: list[bool]) -> None:
     assert calls == [False, False]
 
 
+@needs_kernel
 @pytest.mark.parametrize("name", FOLDED)
 def test_gradients_other_dtypes_and_sizes_are_the_originals(name: str, calls: list[bool]) -> None:
     model = o.fill(FOLDED[name]())
@@ -144,6 +149,7 @@ def test_gradients_other_dtypes_and_sizes_are_the_originals(name: str, calls: li
             assert calls == [False, False, True]
 
 
+@needs_kernel
 @pytest.mark.parametrize("name", FOLDED)
 @torch.no_grad()
 def test_copies_are_accelerated(name: str, calls: list[bool]) -> None:
@@ -154,3 +160,96 @@ def test_copies_are_accelerated(name: str, calls: list[bool]) -> None:
         assert torch.equal(twin(x), want)
         assert calls == [True]
         assert type(df.restore(twin)) is type(FOLDED[name]())
+
+
+# ---- Pixel-unshuffle ----
+
+UNSHUFFLE = "b c (h p1) (w p2) -> b (c p1 p2) h w"
+UNSHUFFLED: dict[str, Callable[[], nn.Module]] = {
+    "torch": lambda: nn.PixelUnshuffle(2),
+    "torch, by 4": lambda: nn.PixelUnshuffle(4),
+    "einops": lambda: Rearrange(UNSHUFFLE, p1=2, p2=2),
+}
+
+
+def downsample(unshuffle: nn.Module, **options: Any) -> nn.Sequential:
+    factor = getattr(unshuffle, "downscale_factor", 2)
+    return o.fill(nn.Sequential(unshuffle, nn.Conv2d(6 * factor**2, 10, 1, **options)))
+
+
+@pytest.fixture
+def strides(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The strides of the convolutions that stand for an unshuffled image's."""
+    seen: list[int] = []
+    unshuffled = fused._unshuffled
+
+    def spy(x: Tensor, factor: int, conv: nn.Module) -> Tensor | None:
+        y = unshuffled(x, factor, conv)
+        if y is not None:
+            seen.append(factor)
+        return y
+
+    monkeypatch.setattr(fused, "_unshuffled", spy)
+    return seen
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, CL], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", UNSHUFFLED)
+def test_an_unshuffle_goes_into_the_projection(
+    name: str, layout: torch.memory_format, bias: bool, strides: list[int]
+) -> None:
+    model = downsample(UNSHUFFLED[name](), bias=bias)
+    x = torch.randn(2, 6, 8, 12).contiguous(memory_format=layout)
+    want = model(x)
+    wants = torch.autograd.grad(want.square().sum(), list(model.parameters()))
+    df.accelerate(model, channels_last=layout == CL)
+    got = model(x)
+    assert strides == [4 if name == "torch, by 4" else 2]
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert got.is_contiguous(memory_format=layout)
+    grads = torch.autograd.grad(got.square().sum(), list(model.parameters()))
+    for ours, theirs in zip(grads, wants, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+    assert torch.equal(df.restore(model)(x), want)
+
+
+UNSHUFFLES_LEFT: dict[str, Callable[[], nn.Module]] = {
+    "another order": lambda: downsample(Rearrange("b c (h p1) (w p2) -> b (p1 p2 c) h w", p1=2, p2=2)),
+    "two factors": lambda: nn.Sequential(Rearrange(UNSHUFFLE, p1=2, p2=4), o.fill(nn.Conv2d(48, 10, 1))),
+    "a shuffle": lambda: nn.Sequential(nn.PixelShuffle(1), o.fill(nn.Conv2d(6, 10, 1))),
+    "a larger kernel": lambda: nn.Sequential(nn.PixelUnshuffle(2), o.fill(nn.Conv2d(24, 10, 3, padding=1))),
+    "groups": lambda: downsample(nn.PixelUnshuffle(2), groups=2),
+    "a stride": lambda: downsample(nn.PixelUnshuffle(2), stride=2),
+}
+
+
+@pytest.mark.parametrize("name", UNSHUFFLES_LEFT)
+@torch.no_grad()
+def test_other_downsamplings_stay(name: str, strides: list[int]) -> None:
+    model = UNSHUFFLES_LEFT[name]()
+    x = torch.randn(2, 6, 8, 12)
+    want = model(x)
+    # The 3x3 convolution may be on the fused op.
+    torch.testing.assert_close(df.accelerate(model)(x), want, rtol=1e-5, atol=1e-5)
+    assert strides == []
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@torch.no_grad()
+def test_hooks_around_the_unshuffled_image(which: int, strides: list[int]) -> None:
+    model = df.accelerate(downsample(nn.PixelUnshuffle(2)))
+    seen: list[torch.Size] = []
+    model[which].register_forward_hook(lambda m, args, output: seen.append(output.shape))
+    model(torch.randn(2, 6, 8, 12))
+    assert seen == [(2, (24, 10)[which], 4, 6)]
+    assert strides == []
+
+
+def test_images_that_cannot_be_unshuffled_are_torchs_error(strides: list[int]) -> None:
+    model = df.accelerate(downsample(nn.PixelUnshuffle(2)))
+    for shape in ((2, 6, 7, 12), (2, 5, 8, 12)):
+        with pytest.raises(RuntimeError):
+            model(torch.randn(shape))
+    assert model(torch.randn(6, 8, 12)).shape == (10, 4, 6)
+    assert strides == []
