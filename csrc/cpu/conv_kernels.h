@@ -1,7 +1,8 @@
 namespace ddpm_fast {
 namespace DDPM_FAST_ISA {
 
-// The matrix kernel's tile: kRows pixels' tiles by kVectors vectors of output channels, all of it in registers.
+// The matrix kernel's tile: kRows pixels' tiles by kVectors vectors of output channels, all of it in registers; with
+// kTotalRows, there is room for a total besides (0: there is none).
 #if defined(DDPM_FAST_ISA_AVX512)
 constexpr int kRows = 14, kTotalRows = 7, kVectors = 2;
 #elif defined(DDPM_FAST_ISA_AVX2)
@@ -219,10 +220,11 @@ static void multiply_panel(const float* a, int64_t tiles, const float* b, int64_
 template <int width>
 static void multiply_width(const float* a, int64_t tiles, const float* b, int64_t channels, int64_t block, float* m,
                            bool add) {
-  if (kTotalRows > 0 && channels > block)
-    multiply_panel<std::max(kTotalRows, 1), width, true>(a, tiles, b, channels, block, m, add);
-  else
-    multiply_panel<kRows, width, false>(a, tiles, b, channels, block, m, add);
+  if constexpr (kTotalRows > 0) {
+    if (channels > block)
+      return multiply_panel<kTotalRows, width, true>(a, tiles, b, channels, block, m, add);
+  }
+  multiply_panel<kRows, width, false>(a, tiles, b, channels, block, m, add);
 }
 
 static void multiply_plane(int width, const float* a, int64_t tiles, const float* b, int64_t channels, int64_t block,
