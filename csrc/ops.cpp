@@ -22,6 +22,7 @@ STABLE_TORCH_LIBRARY_IMPL(ddpm_fast, CPU, m) {
   m.impl("rms_norm_act_backward.cpu", TORCH_BOX(&ddpm_fast::rms_norm_act_backward));
   m.impl("conv3x3.cpu", TORCH_BOX(&ddpm_fast::conv3x3));
   m.impl("linear_attention.cpu", TORCH_BOX(&ddpm_fast::linear_attention));
+  m.impl("projected_linear_attention.cpu", TORCH_BOX(&ddpm_fast::projected_linear_attention));
 }
 
 static PyObject* cpu_isa(PyObject*, PyObject*) { return PyUnicode_FromString(ddpm_fast::isa_name()); }

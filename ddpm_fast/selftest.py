@@ -19,6 +19,7 @@ from ddpm_fast.ops import (
     denoise,
     group_norm_silu,
     linear_attention,
+    projected_linear_attention,
     q_sample,
     randn,
     rms_norm_silu,
@@ -189,6 +190,17 @@ def _linear_attention(device: torch.device) -> float:
     return _largest(linear_attention(qkv, 1), exact.unflatten(2, qkv.shape[2:]))
 
 
+def _projected_linear_attention(device: torch.device) -> float:
+    x = _noise(7, device)
+    qkv_weight = randn((48, x.shape[1], 1, 1), seed=8, device=device)
+    out_weight = randn((5, 16, 1, 1), seed=9, device=device)
+    q, k, v = F.conv2d(x.double(), qkv_weight.double()).flatten(2).chunk(3, dim=1)
+    context = k.softmax(dim=2) @ v.mT
+    attended = context.mT @ (q.softmax(dim=1) * 16**-0.5)
+    exact = F.conv2d(attended.unflatten(2, x.shape[2:]), out_weight.double())
+    return _largest(projected_linear_attention(x, qkv_weight, out_weight, heads=1), exact)
+
+
 def _norm_inputs(dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     rows = randn((_SHAPE[0], 3 * _SHAPE[1]), seed=2, device=device).to(dtype)
     weight, bias = randn((2, _SHAPE[1]), seed=3, device=device).to(dtype)
@@ -266,6 +278,7 @@ _TESTS: dict[str, tuple[str, _Test, float]] = {
     "abs_quantile": ("abs_quantile", _quantile, 2e-6),
     "conv": ("conv3x3", _conv, 5e-6),
     "linear_attention": ("linear_attention", _linear_attention, 2e-6),
+    "projected_linear_attention": ("projected_linear_attention", _projected_linear_attention, 1e-5),
     "rms_norm_act": ("rms_norm_act", _values(_rms_norm, _rms_norm_exact), 5e-6),
     "rms_norm_act backward": ("rms_norm_act_backward", _gradients(_rms_norm, _rms_norm_exact), 2e-5),
 }

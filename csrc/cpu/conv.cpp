@@ -12,11 +12,10 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <memory>
-#include <new>
 
 #include "kernels.h"
+#include "scratch.h"
 
 namespace ddpm_fast {
 namespace {
@@ -66,26 +65,6 @@ struct Panels {
   int64_t channels, count, last;
 };
 
-// Scratch memory that a thread keeps from call to call: fresh pages cost more than what is done in them.
-class Scratch {
- public:
-  float* get(int64_t elements) {
-    if (elements > size_) {
-      data_.reset();  // before the new one is asked for, so that both are never held
-      data_.reset(static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(round_up(elements, kLine)) * 4)));
-      size_ = data_ ? elements : 0;
-      if (!data_) throw std::bad_alloc();
-    }
-    return data_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
-  std::unique_ptr<float, Free> data_;
-  int64_t size_ = 0;
-};
 thread_local Scratch transformed_scratch, product_scratch, weight_scratch;
 
 template <int my, int mx> class Runner {

@@ -1,13 +1,14 @@
 namespace ddpm_fast {
 namespace DDPM_FAST_ISA {
 
-// The matrix kernel's tile: kRows pixels' tiles by kVectors vectors of output channels, all of it in registers.
+// The matrix kernel's tile: kRows pixels' tiles by kVectors vectors of output channels, all of it in registers; with
+// kTotalRows, there is room for a total besides (0: there is none).
 #if defined(DDPM_FAST_ISA_AVX512)
-constexpr int kRows = 14, kVectors = 2;
+constexpr int kRows = 14, kTotalRows = 7, kVectors = 2;
 #elif defined(DDPM_FAST_ISA_AVX2)
-constexpr int kRows = 6, kVectors = 1;
+constexpr int kRows = 6, kTotalRows = 0, kVectors = 1;
 #else
-constexpr int kRows = 4, kVectors = 1;
+constexpr int kRows = 4, kTotalRows = 0, kVectors = 1;
 #endif
 
 template <bool whole> DDPM_FAST_INLINE F load_vector(const float* p, int n) {
@@ -145,10 +146,17 @@ static void transform_input(const Conv& conv, int64_t first, int64_t begin, int6
   }
 }
 
-// m[rows][width] (+)= a * b, the products summed in blocks of `block` channels, each block from zero.
-template <int rows, int vectors, int width>
+// m[rows][width] (+)= a * b, the products summed in blocks of `block` channels, each block from zero. Where registers
+// hold the blocks' total as well, memory sees it once.
+template <int rows, int vectors, int width, bool in_registers>
 static void multiply(const float* a, int64_t chunk, const float* b, int64_t channels, int64_t block, float* m,
                      bool add) {
+  F total[rows][vectors];
+  if constexpr (in_registers) {
+    DDPM_FAST_UNROLL for (int r = 0; r < rows; ++r)
+      DDPM_FAST_UNROLL for (int i = 0; i < vectors; ++i)
+        total[r][i] = add ? load(m + r * width + i * kLanes) : splat(0.0f);
+  }
   while (channels > 0) {
     int64_t left = std::min(block, channels);
     channels -= left;
@@ -172,40 +180,57 @@ static void multiply(const float* a, int64_t chunk, const float* b, int64_t chan
     DDPM_FAST_UNROLL for (int r = 0; r < rows; ++r)
       DDPM_FAST_UNROLL for (int i = 0; i < vectors; ++i) {
         float* target = m + r * width + i * kLanes;
-        store(target, add ? load(target) + sum[r][i] : sum[r][i]);
+        if constexpr (in_registers) total[r][i] = total[r][i] + sum[r][i];
+        else store(target, add ? load(target) + sum[r][i] : sum[r][i]);
       }
     add = true;
   }
+  if constexpr (in_registers) {
+    DDPM_FAST_UNROLL for (int r = 0; r < rows; ++r)
+      DDPM_FAST_UNROLL for (int i = 0; i < vectors; ++i) store(m + r * width + i * kLanes, total[r][i]);
+  }
 }
 
-template <int rows, int vectors, int width>
+template <int rows, int vectors, int width, bool in_registers>
 DDPM_FAST_INLINE void multiply_rows(int count, const float* a, int64_t chunk, const float* b, int64_t channels,
                                     int64_t block, float* m, bool add) {
   if constexpr (rows > 1) {
-    if (count < rows) return multiply_rows<rows - 1, vectors, width>(count, a, chunk, b, channels, block, m, add);
+    if (count < rows)
+      return multiply_rows<rows - 1, vectors, width, in_registers>(count, a, chunk, b, channels, block, m, add);
   }
-  multiply<rows, vectors, width>(a, chunk, b, channels, block, m, add);
+  multiply<rows, vectors, width, in_registers>(a, chunk, b, channels, block, m, add);
 }
 
 // The product of one plane and one panel of output channels. The tiles are split evenly, so that no call has only a
 // few rows.
-template <int width>
+template <int most_rows, int width, bool in_registers>
 static void multiply_panel(const float* a, int64_t tiles, const float* b, int64_t channels, int64_t block, float* m,
                            bool add) {
   constexpr int vectors = std::min(kVectors, width / kLanes);
-  const int64_t groups = (tiles + kRows - 1) / kRows;
+  const int64_t groups = (tiles + most_rows - 1) / most_rows;
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t row = g * tiles / groups, next = (g + 1) * tiles / groups;
     for (int part = 0; part < width; part += vectors * kLanes)
-      multiply_rows<kRows, vectors, width>(static_cast<int>(next - row), a + row * kLanes, tiles * kLanes, b + part,
-                                           channels, block, m + row * width + part, add);
+      multiply_rows<most_rows, vectors, width, in_registers>(static_cast<int>(next - row), a + row * kLanes,
+                                                             tiles * kLanes, b + part, channels, block,
+                                                             m + row * width + part, add);
   }
+}
+
+template <int width>
+static void multiply_width(const float* a, int64_t tiles, const float* b, int64_t channels, int64_t block, float* m,
+                           bool add) {
+  if constexpr (kTotalRows > 0) {
+    if (channels > block)
+      return multiply_panel<kTotalRows, width, true>(a, tiles, b, channels, block, m, add);
+  }
+  multiply_panel<kRows, width, false>(a, tiles, b, channels, block, m, add);
 }
 
 static void multiply_plane(int width, const float* a, int64_t tiles, const float* b, int64_t channels, int64_t block,
                            float* m, bool add) {
-  if (width == 32) multiply_panel<32>(a, tiles, b, channels, block, m, add);
-  else multiply_panel<16>(a, tiles, b, channels, block, m, add);
+  if (width == 32) multiply_width<32>(a, tiles, b, channels, block, m, add);
+  else multiply_width<16>(a, tiles, b, channels, block, m, add);
 }
 
 // `channels` of the weights of one panel, w[channel][9][width], into planes u[plane][channel][width].

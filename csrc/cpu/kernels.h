@@ -44,6 +44,8 @@ void conv3x3(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<
              Tensor out);
 
 void linear_attention(Tensor qkv, std::optional<Tensor> memory, int64_t heads, double scale, Tensor out);
+void projected_linear_attention(Tensor x, Tensor qkv_weight, Tensor out_weight, std::optional<Tensor> out_bias,
+                                std::optional<Tensor> memory, int64_t heads, double scale, Tensor out);
 
 void norm_act(Tensor x, int64_t num_groups, std::optional<Tensor> weight, std::optional<Tensor> bias,
               std::optional<Tensor> scale, std::optional<Tensor> shift, std::optional<Tensor> embedding, double eps,

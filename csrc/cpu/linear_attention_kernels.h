@@ -33,12 +33,6 @@ DDPM_FAST_INLINE int lanes_from(int64_t channel, int64_t dim) {
   return static_cast<int>(std::min<int64_t>(dim - channel, kLanes));
 }
 
-// The channels of a head, a row a pixel.
-struct Rows {
-  const float* data;
-  int64_t stride;
-};
-
 // Copies channels, each a run of pixels at `stride`, to rows of pixels or back, sixteen pixels by four channels at a time.
 template <bool kToRows, class Channels, class RowsOf>
 static void transpose(Channels* channels, int64_t stride, RowsOf* rows, int64_t padded, int64_t pixels, int64_t dim) {
@@ -79,11 +73,21 @@ static Rows rows_of(const float* x, int64_t channel_stride, int64_t pixel_stride
   return {copy, padded};
 }
 
+// The other way round, to channels of a dense image.
+static void write_rows(const float* rows, int64_t padded, const Image& image, int64_t channels, int64_t pixels,
+                       float* out) {
+  if (image.channel_stride == 1) {
+    for (int64_t p = 0; p < pixels; ++p) std::copy_n(rows + p * padded, channels, out + p * image.pixel_stride);
+  } else {
+    transpose<false>(out, image.channel_stride, rows, padded, pixels, channels);
+  }
+}
+
 // context[d][e] = context[d][e] * shrink[d] + sum over the pixels of weight[p][d] * value[p][e]. The terms are summed
 // kRun at a time from zero: long sums would round more than eager PyTorch's, where a head has few channels.
 template <int rows, int vectors>
 static void add_products(const float* weight, int64_t padded, Rows value, int64_t pixels, const float* shrink,
-                         float* context) {
+                         float* context, int64_t columns) {
   constexpr int64_t kRun = 32;
   const float* v = value.data;
   for (int64_t begin = 0; begin < pixels; begin += kRun) {
@@ -101,7 +105,7 @@ static void add_products(const float* weight, int64_t padded, Rows value, int64_
     DDPM_FAST_UNROLL for (int r = 0; r < rows; ++r) {
       const F factor = splat(begin == 0 ? shrink[r] : 1.0f);
       DDPM_FAST_UNROLL for (int i = 0; i < vectors; ++i) {
-        float* const target = context + r * padded + i * kLanes;
+        float* const target = context + r * columns + i * kLanes;
         store(target, fma(load(target), factor, sum[r][i]));
       }
     }
@@ -151,8 +155,10 @@ template <class Product> static void for_each_tile(int64_t rows, int64_t vectors
   }
 }
 
-// Adds a block of pixels to a part: what was there shrinks where a key is larger than all before it.
-static void add_block(const LinearAttention& op, Rows key, Rows value, int64_t pixels, float* weight, Part part) {
+// Adds a block of pixels to a part: what was there shrinks where a key is larger than all before it. The values are rows
+// of `columns`.
+static void add_block(const LinearAttention& op, Rows key, Rows value, int64_t columns, int64_t pixels, float* weight,
+                      Part part) {
   const int64_t padded = op.padded();
   float shrink[kMostChannels];
   for (int64_t c = 0; c < padded; c += kLanes) {
@@ -171,36 +177,48 @@ static void add_block(const LinearAttention& op, Rows key, Rows value, int64_t p
     store(part.largest + c, largest);
     store(part.sum + c, fma(load(part.sum + c), factor, sum));
   }
-  for_each_tile(op.dim, padded / kLanes, [&](auto rows, auto vectors, int64_t row, int64_t column) {
+  for_each_tile(op.dim, columns / kLanes, [&](auto rows, auto vectors, int64_t row, int64_t column) {
     add_products<rows(), vectors()>(weight + row, padded, {value.data + column, value.stride}, pixels, shrink + row,
-                                    part.context + row * padded + column);
+                                    part.context + row * columns + column, columns);
   });
 }
 
 // Scratch memory of one thread, in elements.
 static int64_t attention_scratch(const LinearAttention& op) { return 3 * kBlock * op.padded(); }
 
-// The part of a chunk, and before the first of the memory.
-static void attention_part(const LinearAttention& op, const float* key, const float* value, int64_t head,
-                           int64_t chunk, float* scratch, Part part) {
-  const int64_t padded = op.padded();
-  float *const weight = scratch, *const key_copy = weight + kBlock * padded, *const value_copy = key_copy + kBlock * padded;
+// Starts a part with nothing in it.
+static void clear(Part part, int64_t padded, int64_t context) {
   std::fill_n(part.largest, padded, kLowest);
   std::fill_n(part.sum, padded, 0.0f);
-  std::fill_n(part.context, op.dim * padded, 0.0f);
-  const auto add = [&](const float* k, const float* v, int64_t channel_stride, int64_t pixel_stride, int64_t pixels) {
-    for (int64_t p = 0; p < pixels; p += kBlock) {
-      const int64_t n = std::min(kBlock, pixels - p), at = p * pixel_stride;
-      add_block(op, rows_of(k + at, channel_stride, pixel_stride, n, op.dim, 0.0f, key_copy),
-                rows_of(v + at, channel_stride, pixel_stride, n, op.dim, 0.0f, value_copy), n, weight, part);
-    }
-  };
-  if (chunk == 0 && op.memory != nullptr) {
-    const float* const k = op.memory + head * op.dim * op.memories;
-    add(k, k + op.heads * op.dim * op.memories, op.memories, 1, op.memories);
+  std::fill_n(part.context, context, 0.0f);
+}
+
+// Adds pixels, whose keys and values may lie in any order, to a part.
+static void add_pixels(const LinearAttention& op, const float* key, const float* value, int64_t channel_stride,
+                       int64_t pixel_stride, int64_t pixels, float* scratch, Part part) {
+  const int64_t padded = op.padded();
+  float *const weight = scratch, *const key_copy = weight + kBlock * padded, *const value_copy = key_copy + kBlock * padded;
+  for (int64_t p = 0; p < pixels; p += kBlock) {
+    const int64_t n = std::min(kBlock, pixels - p), at = p * pixel_stride;
+    add_block(op, rows_of(key + at, channel_stride, pixel_stride, n, op.dim, 0.0f, key_copy),
+              rows_of(value + at, channel_stride, pixel_stride, n, op.dim, 0.0f, value_copy), padded, n, weight, part);
   }
+}
+
+// The memory comes before the first chunk.
+static void add_memory(const LinearAttention& op, int64_t head, int64_t chunk, float* scratch, Part part) {
+  if (chunk != 0 || op.memory == nullptr) return;
+  const float* const k = op.memory + head * op.dim * op.memories;
+  add_pixels(op, k, k + op.heads * op.dim * op.memories, op.memories, 1, op.memories, scratch, part);
+}
+
+// The part of a chunk.
+static void attention_part(const LinearAttention& op, const float* key, const float* value, int64_t head,
+                           int64_t chunk, float* scratch, Part part) {
+  clear(part, op.padded(), op.dim * op.padded());
+  add_memory(op, head, chunk, scratch, part);
   const int64_t at = op.pixel(chunk) * op.qkv.pixel_stride;
-  add(key + at, value + at, op.qkv.channel_stride, op.qkv.pixel_stride, op.pixels_of(chunk));
+  add_pixels(op, key + at, value + at, op.qkv.channel_stride, op.qkv.pixel_stride, op.pixels_of(chunk), scratch, part);
 }
 
 // Puts the parts of a head together in the first, divides by the sums and multiplies by the queries' scale.
@@ -259,13 +277,124 @@ static void attention_apply(const LinearAttention& op, const float* query, const
                                           to + row * stride + column, stride);
     });
     if (direct) continue;
-    float* const target = out + begin * op.out.pixel_stride;
-    if (op.out.channel_stride == 1) {
-      for (int64_t p = 0; p < pixels; ++p) std::copy_n(result + p * padded, dim, target + p * op.out.pixel_stride);
-    } else {
-      transpose<false>(target, op.out.channel_stride, static_cast<const float*>(result), padded, pixels, dim);
-    }
+    write_rows(result, padded, op.out, dim, pixels, out + begin * op.out.pixel_stride);
   }
+}
+
+// From here on the projections are part of it. Of a head with keys K = X Wk', values V = X Wv' and the output's weight
+// Wo, pixels in rows, the context times Wo is (softmax(K)' X) Wv' Wo': the values of pixels are never made.
+
+// out = a b, or added to out; `depth` terms, summed kRun at a time from zero.
+template <int rows, int vectors>
+static void multiply(Rows a, Rows b, int64_t depth, bool add, float* out, int64_t out_stride) {
+  constexpr int64_t kRun = 64;
+  for (int64_t begin = 0; begin < depth; begin += kRun, add = true) {
+    F sum[rows][vectors];
+    DDPM_FAST_UNROLL for (int r = 0; r < rows; ++r)
+      DDPM_FAST_UNROLL for (int i = 0; i < vectors; ++i) sum[r][i] = splat(0.0f);
+    const int64_t end = std::min(begin + kRun, depth);
+    for (int64_t k = begin; k < end; ++k) {
+      F bs[vectors];
+      DDPM_FAST_UNROLL for (int i = 0; i < vectors; ++i) bs[i] = load(b.data + k * b.stride + i * kLanes);
+      DDPM_FAST_UNROLL for (int r = 0; r < rows; ++r) {
+        const F as = splat(a.data[r * a.stride + k]);
+        DDPM_FAST_UNROLL for (int i = 0; i < vectors; ++i) sum[r][i] = fma(as, bs[i], sum[r][i]);
+      }
+    }
+    DDPM_FAST_UNROLL for (int r = 0; r < rows; ++r)
+      DDPM_FAST_UNROLL for (int i = 0; i < vectors; ++i) {
+        float* const target = out + r * out_stride + i * kLanes;
+        store(target, add ? load(target) + sum[r][i] : sum[r][i]);
+      }
+  }
+}
+static void multiply_matrices(Rows a, int64_t height, Rows b, int64_t depth, int64_t columns, bool add, float* out) {
+  for_each_tile(height, columns / kLanes, [&](auto rows, auto vectors, int64_t row, int64_t column) {
+    multiply<rows(), vectors()>({a.data + row * a.stride, a.stride}, {b.data + column, b.stride}, depth, add,
+                                out + row * columns + column, columns);
+  });
+}
+
+// A matrix (rows, channels) with its rows `stride` apart to (channels, columns), filled up with zeros.
+static void transpose_matrix(const float* matrix, int64_t stride, int64_t rows, int64_t channels, int64_t columns,
+                             float* out) {
+  if (columns > rows) std::fill_n(out, channels * columns, 0.0f);
+  transpose<true>(matrix, stride, out, columns, channels, rows);
+}
+
+// Scratch memory of one thread, in elements.
+static int64_t projected_scratch(const LinearAttention& op, const Projections& with) {
+  return 3 * kBlock * op.dim + (op.dim + kBlock) * std::max(with.columns(), with.out_columns());
+}
+
+// The part of a chunk of a sample's pixels x.
+static void projected_part(const LinearAttention& op, const Projections& with, Rows x, int64_t head, int64_t chunk,
+                           float* scratch, Part part) {
+  const int64_t dim = op.dim, columns = with.columns(), last = op.pixel(chunk) + op.pixels_of(chunk);
+  clear(part, dim, dim * dim);
+  add_memory(op, head, chunk, scratch, part);
+  float *const key = scratch, *const weight = key + kBlock * dim;
+  Part wide = part;  // its context is one of x, not of values
+  wide.context = weight + kBlock * dim;
+  std::fill_n(wide.context, dim * columns, 0.0f);
+  float before[kMostChannels];
+  std::copy_n(part.largest, dim, before);
+  for (int64_t begin = op.pixel(chunk); begin < last; begin += kBlock) {
+    const int64_t pixels = std::min(kBlock, last - begin);
+    const Rows rows{x.data + begin * x.stride, x.stride};
+    multiply_matrices(rows, pixels, {with.keys + head * with.channels * dim, dim}, with.channels, dim, false, key);
+    add_block(op, {key, dim}, rows, columns, pixels, weight, wide);
+  }
+  for (int64_t c = 0; c < dim; c += kLanes)
+    store(before + c, exp_of_negative(load(before + c) - load(part.largest + c)));
+  for (int64_t d = 0; d < dim; ++d)
+    for (int64_t at = d * dim; at < (d + 1) * dim; at += kLanes)
+      store(part.context + at, load(part.context + at) * before[d]);
+  multiply_matrices({wide.context, columns}, dim, {with.values + head * with.channels * dim, dim}, with.channels, dim,
+                    true, part.context);
+}
+
+// Puts the parts of a head together, (dim, out_columns) with the output's weight.
+static void projected_context(const LinearAttention& op, const Projections& with, float* parts, int64_t head,
+                              float* context) {
+  attention_context(op, parts);
+  multiply_matrices({Part(op, parts).context, op.dim}, op.dim,
+                    {with.out + head * op.dim * with.out_columns(), with.out_columns()}, op.dim, with.out_columns(),
+                    false, context);
+}
+
+// Pixels begin .. end of the result, at most a block of them: every head's queries' softmax over the channels, times its
+// context and the output's weight, which are `contexts`, (heads, dim, out_columns).
+static void projected_apply(const LinearAttention& op, const Projections& with, Rows x, const float* contexts,
+                            int64_t begin, int64_t end, float* scratch, float* out) {
+  const int64_t dim = op.dim, out_columns = with.out_columns(), pixels = end - begin;
+  float *const query = scratch, *const result = query + kBlock * dim;
+  for (int64_t head = 0; head < op.heads; ++head) {
+    multiply_matrices({x.data + begin * x.stride, x.stride}, pixels,
+                      {with.queries + head * with.channels * dim, dim}, with.channels, dim, false, query);
+    for (int64_t p = 0; p < pixels; ++p) {
+      float* const row = query + p * dim;
+      F largest = load(row);
+      for (int64_t c = kLanes; c < dim; c += kLanes) largest = max(largest, load(row + c));
+      const F most = splat(max_of_lanes(largest));
+      F sum = splat(0.0f);
+      for (int64_t c = 0; c < dim; c += kLanes) {
+        const F w = exp_of_negative(load(row + c) - most);
+        store(row + c, w);
+        sum = sum + w;
+      }
+      const F share = splat(1.0f / sum_of_lanes(sum));
+      for (int64_t c = 0; c < dim; c += kLanes) store(row + c, load(row + c) * share);
+    }
+    multiply_matrices({query, dim}, pixels, {contexts + head * dim * out_columns, out_columns}, dim, out_columns,
+                      head > 0, result);
+  }
+  if (with.bias != nullptr)
+    for (int64_t c = 0; c < out_columns; c += kLanes) {
+      const F bias = load_lanes(with.bias + c, lanes_from(c, with.outputs));
+      for (float* row = result + c; row < result + pixels * out_columns; row += out_columns) store(row, load(row) + bias);
+    }
+  write_rows(result, out_columns, op.out, with.outputs, pixels, out + begin * op.out.pixel_stride);
 }
 
 }  // namespace DDPM_FAST_ISA

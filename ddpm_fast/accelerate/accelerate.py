@@ -18,6 +18,7 @@ from .layout import to_channels_last, undo_channels_last
 from .norms import FusedGroupNorm, FusedNorm, has_silu_inside, is_fused_already, is_norm, why_no_group_norm
 from .patch import Accelerated, subclass, swap, unswap
 from .report import note_fused, note_skipped
+from .resampling import accelerate_resamplings
 from .rms_norms import FusedRMSNorm, why_no_rms_norm
 from .sites import Site, describe
 
@@ -30,7 +31,9 @@ def accelerate(model: M, *, conv: str = "exact", channels_last: bool = False) ->
     In place. The norms are GroupNorm, and RMSNorm over the channels as lucidrains has it. Found are norms alone, norms
     and activations side by side in a Sequential, and norms and activations called in the methods of a block, whatever
     its class, as long as its source can be read. Convolutions are `nn.Conv2d` of 3x3, stride 1 and padding 1, which
-    without gradients, in float32 on a CPU, run on `conv3x3`. Attention is self-attention with one head, whoever wrote
+    without gradients, in float32 on a CPU, run on `conv3x3`, together with an `nn.Upsample` or diffusers' Upsample2D
+    that doubles the image before them. A pixel-unshuffle and the 1x1 convolution behind it in a Sequential become one
+    convolution with a stride. Attention is self-attention with one head, whoever wrote
     it: under the same conditions, and in evaluation mode, its four projections are folded into two; and the linear
     attention of the annotated article and of lucidrains' packages, known by what its forward says, which runs on
     `linear_attention`. Outputs and gradients stay the same to rounding; parameters, state dict, hooks, `named_modules`
@@ -107,6 +110,7 @@ def accelerate(model: M, *, conv: str = "exact", channels_last: bool = False) ->
         own = [site for site in sites if site.norm is norm]
         note_fused(norm, describe(own or [Site(norm)]) + ("" if own else unread.get(norm, "")))
     accelerate_convs(model, conv)
+    accelerate_resamplings(model)
     accelerate_attentions(model)
     if channels_last:
         to_channels_last(model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -22,12 +24,23 @@ class FusedConv(Accelerated, nn.Conv2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        y = self._fused(input, upsample=False)
+        return super().forward(input) if y is None else y
+
+    def doubled(self, input: Any) -> Tensor | None:
+        """The convolution of the image doubled by repeating its pixels; None where the fused op does not take it."""
+        if not isinstance(input, Tensor) or "forward" in self.__dict__:
+            return None
+        return self._fused(input, upsample=True)
+
+    def _fused(self, input: Tensor, upsample: bool) -> Tensor | None:
         mode: str = self.__dict__["_ddpm_fast_mode"]
-        if needs_grad(input, self.weight, self.bias) or plan_module(self, input, mode).tile is None:
-            return super().forward(input)
+        if needs_grad(input, self.weight, self.bias) or plan_module(self, input, mode, upsample).tile is None:
+            return None
         prepared = prepared_weight(self, self.__dict__.get("_ddpm_fast_prepared"))
         mark(self, "prepared", prepared)
-        return as_torch_lays_out(conv3x3(input, prepared, self.bias, mode=mode), input, self.weight)
+        y = conv3x3(input, prepared, self.bias, upsample=upsample, mode=mode)
+        return as_torch_lays_out(y, input, self.weight)
 
 
 def is_conv(module: nn.Module) -> bool:

@@ -1,14 +1,17 @@
-"""What accelerated code calls: a norm and what comes after it, in one pass or in the original steps."""
+"""What accelerated code calls: two modules, one after the other, in one pass or in the original steps."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _torch_module
 
 from .activations import is_silu_function, is_silu_module
+from .convolutions import FusedConv
 from .norms import FusedNorm
 from .patch import Accelerated
 
@@ -31,22 +34,83 @@ def is_plain_sequential(module: Any) -> bool:
     return isinstance(module, FusedSequential) or type(module).forward is nn.Sequential.forward
 
 
+def doubles(module: nn.Module) -> bool:
+    """Whether a module doubles an image's height and width by repeating its pixels, and does nothing else."""
+    return (
+        type(module) is nn.Upsample
+        and "forward" not in module.__dict__
+        and (module.mode, module.size) == ("nearest", None)
+        and module.scale_factor in (2, (2, 2))
+    )
+
+
+def is_plain_projection(module: Any) -> TypeGuard[nn.Conv2d]:
+    """Whether a module is torch's 1x1 convolution, and nothing else is to happen when it is called."""
+    return (
+        type(module) is nn.Conv2d
+        and "forward" not in module.__dict__
+        and not hooked(module)
+        and set(module._parameters) == {"weight", "bias"}
+        and module.kernel_size == module.stride == (1, 1)
+        and module.padding in ((0, 0), "same", "valid")
+        and module.groups == 1
+    )
+
+
+def unshuffles(module: nn.Module) -> int | None:
+    """By what factor a module shrinks an image whose squares of pixels become channels; None if it is another module.
+
+    It is torch's PixelUnshuffle, or the Rearrange of einops that says the same.
+    """
+    if "forward" in module.__dict__:
+        return None
+    if type(module) is nn.PixelUnshuffle:
+        return module.downscale_factor
+    einops: Any = sys.modules.get("einops.layers.torch")
+    if einops is not None and type(module) is einops.Rearrange:
+        layer: Any = module
+        sides: dict[str, int] = layer.axes_lengths
+        if layer.pattern.split() == _UNSHUFFLE.split() and sides.keys() == {"p1", "p2"} and sides["p1"] == sides["p2"]:
+            return sides["p1"]
+    return None
+
+
+_UNSHUFFLE = "b c (h p1) (w p2) -> b (c p1 p2) h w"
+
+
+def _unshuffled(x: Any, factor: int, conv: Any) -> Tensor | None:
+    """A 1x1 convolution of the unshuffled image: one of the image, by squares of pixels with their side as stride."""
+    if type(x) is not Tensor or x.dim() != 4 or x.shape[2] % factor or x.shape[3] % factor:
+        return None
+    weight: Tensor = conv.weight
+    if weight.shape[1] != x.shape[1] * factor**2:
+        return None
+    return F.conv2d(x, weight.reshape(-1, x.shape[1], factor, factor), conv.bias, stride=factor)
+
+
 def run(modules: Sequence[nn.Module], x: Any) -> Any:
-    """One module after the other, a norm and the SiLU behind it in one pass."""
+    """One module after the other; a norm and a SiLU, or a change of resolution and a convolution, in one pass."""
     i = 0
     while i < len(modules):
-        module = modules[i]
-        if i + 1 < len(modules) and isinstance(module, FusedNorm) and is_silu_module(modules[i + 1]):
-            x = norm_act(module, x, modules[i + 1])
-            i += 2
-        else:
+        module, following = modules[i], modules[i + 1] if i + 1 < len(modules) else None
+        y = None
+        if following is not None and isinstance(module, FusedNorm) and is_silu_module(following):
+            y = norm_act(module, x, following)
+        elif isinstance(following, FusedConv) and doubles(module) and not hooked(module) and not hooked(following):
+            y = following.doubled(x)
+        elif is_plain_projection(following) and (factor := unshuffles(module)) is not None and not hooked(module):
+            y = _unshuffled(x, factor, following)
+        if y is None:
             x = module(x)
             i += 1
+        else:
+            x = y
+            i += 2
     return x
 
 
 class FusedSequential(Accelerated, nn.Sequential):
-    """nn.Sequential in which a norm and the SiLU behind it are one pass.
+    """nn.Sequential in which a norm and the SiLU behind it, or a change of resolution and a convolution, are one pass.
 
     It looks at its modules in every forward. A slice of it is of its class, and so is right wherever it is cut: what
     was cut off from its SiLU is a norm alone.

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..ops._check import is_transformed, needs_grad
-from ..ops.linear_attention import linear_attention
+from ..ops.linear_attention import is_projecting_faster, linear_attention, projected_linear_attention
 from . import forms, source
+from .fused import hooked, is_plain_projection, is_plain_sequential, run
 from .patch import Accelerated, is_accelerated, mark, marked, original_class, subclass, swap
 
 # The forwards that compute linear attention, as their authors write them.
@@ -82,8 +83,9 @@ class _Roles(NamedTuple):
 class FusedLinearAttention(Accelerated, nn.Module):
     """A module whose forward was found to be linear attention between two convolutions, on the fused op.
 
-    Its submodules are called as before. The fused op keeps channels_last, where the original's reshaping makes the
-    input of its last convolution contiguous.
+    Its submodules are called as before, but for its projections where they are plain 1x1 convolutions that nobody looks
+    at: those go into the op where it is faster with them. The fused op keeps channels_last, where the original's
+    reshaping makes the input of its last convolution contiguous.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -93,10 +95,39 @@ class FusedLinearAttention(Accelerated, nn.Module):
         x: Tensor = args[0]
         h = x if roles.norm is None else getattr(self, roles.norm)(x)
         memory = None if roles.memory is None else getattr(self, roles.memory)
-        qkv = getattr(self, roles.to_qkv)(h)
-        out = linear_attention(qkv, getattr(self, roles.heads), memory=memory, scale=getattr(self, roles.scale))
-        y = getattr(self, roles.to_out)(out)
+        heads, scale = getattr(self, roles.heads), getattr(self, roles.scale)
+        to_qkv, to_out = getattr(self, roles.to_qkv), getattr(self, roles.to_out)
+        last, *rest = to_out if is_plain_sequential(to_out) and len(to_out) and not hooked(to_out) else (to_out,)
+        if _projects(to_qkv, last, heads, h):
+            y = projected_linear_attention(
+                h, to_qkv.weight, last.weight, last.bias, heads=heads, memory=memory, scale=scale
+            )
+            y = run(rest, y)
+        else:
+            y = to_out(linear_attention(to_qkv(h), heads, memory=memory, scale=scale))
         return y + x if roles.residual else y
+
+
+def _projects(to_qkv: nn.Module, last: nn.Module, heads: int, x: Any) -> bool:
+    """Whether the projections go into the op."""
+    if not (is_plain_projection(to_qkv) and to_qkv.bias is None and is_plain_projection(last)):
+        return False
+    if type(x) is not Tensor or not all(_is_like(p, x) for p in (to_qkv.weight, last.weight, last.bias)):
+        return False
+    rows, channels = to_qkv.weight.shape[:2]
+    return (
+        x.dim() == 4
+        and x.shape[1] == channels
+        and rows % (3 * heads) == 0
+        and last.weight.shape[1] == rows // 3
+        and is_projecting_faster(channels, last.weight.shape[0], rows // (3 * heads), x.shape[2] * x.shape[3])
+    )
+
+
+def _is_like(parameter: Tensor | None, x: Tensor) -> bool:
+    if parameter is None:
+        return True
+    return type(parameter) is nn.Parameter and parameter.dtype == x.dtype and parameter.device == x.device
 
 
 def _takes(module: nn.Module, roles: _Roles, x: Any) -> bool:

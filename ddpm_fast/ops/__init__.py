@@ -3,7 +3,7 @@
 from ddpm_fast.ops.bound import bound_terms
 from ddpm_fast.ops.conv import conv3x3, plan_conv3x3, prepare_conv3x3
 from ddpm_fast.ops.denoise import denoise
-from ddpm_fast.ops.linear_attention import linear_attention
+from ddpm_fast.ops.linear_attention import linear_attention, projected_linear_attention
 from ddpm_fast.ops.noising import noised, q_sample
 from ddpm_fast.ops.norm_act import group_norm_silu
 from ddpm_fast.ops.quantile import abs_quantile
@@ -21,6 +21,7 @@ __all__ = [
     "noised",
     "plan_conv3x3",
     "prepare_conv3x3",
+    "projected_linear_attention",
     "q_sample",
     "randn",
     "random_timesteps",

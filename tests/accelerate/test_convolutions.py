@@ -34,9 +34,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     op = convolutions.conv3x3
 
-    def spy(x: Tensor, weight: Any, bias: Tensor | None, *, mode: str) -> Tensor:
+    def spy(x: Tensor, weight: Any, bias: Tensor | None, *, upsample: bool, mode: str) -> Tensor:
         seen.append(mode)
-        return op(x, weight, bias, mode=mode)
+        return op(x, weight, bias, upsample=upsample, mode=mode)
 
     monkeypatch.setattr(convolutions, "conv3x3", spy)
     return seen

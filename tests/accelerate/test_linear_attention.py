@@ -47,7 +47,7 @@ class Article(nn.Module):
         return self.last(y)
 
 
-def lucidrains(name: str) -> Callable[[], nn.Module]:
+def lucidrains(name: str, dim_head: int = 8) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         if name == "denoising_diffusion_pytorch":
             module = import_package().denoising_diffusion_pytorch
@@ -55,7 +55,7 @@ def lucidrains(name: str) -> Callable[[], nn.Module]:
             unwanted = ("denoising_diffusion_pytorch.fid_evaluation",)
             others = ("torchvision", "torchvision.transforms", "accelerate")
             module = import_alone(f"denoising_diffusion_pytorch.{name}", others, unwanted)
-        return module.LinearAttention(12, heads=2, dim_head=8)
+        return module.LinearAttention(12, heads=2, dim_head=dim_head)
 
     return make
 
@@ -68,6 +68,13 @@ FORMS: dict[str, Callable[[], nn.Module]] = {
     "lucidrains guided_diffusion": lucidrains("guided_diffusion"),
     "lucidrains simple_diffusion": lucidrains("simple_diffusion"),
     "lucidrains classifier_free_guidance": lucidrains("classifier_free_guidance"),
+}
+
+# Heads of whole vectors, whose projections go into the op.
+WIDE_FORMS: dict[str, Callable[[], nn.Module]] = {
+    "article": lambda: Article(12, dim_head=16),
+    "examples/annotated.py": lambda: annotated.LinearAttention(12, heads=2, dim_head=16),
+    **{name: lucidrains(name, dim_head=16) for name in ("denoising_diffusion_pytorch", "simple_diffusion")},
 }
 
 every_form = pytest.mark.parametrize("form", FORMS)
@@ -96,6 +103,20 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+@pytest.fixture
+def projected_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The same of the op with the projections in it."""
+    seen: list[int] = []
+    op = linear_attention.projected_linear_attention
+
+    def spy(*tensors: Tensor, heads: int, **options: Any) -> Tensor:
+        seen.append(heads)
+        return op(*tensors, heads=heads, **options)
+
+    monkeypatch.setattr(linear_attention, "projected_linear_attention", spy)
+    return seen
+
+
 # ---- Who gets it ----
 
 
@@ -119,6 +140,58 @@ def test_same_output_and_restored_bit_for_bit(form: str, layout: torch.memory_fo
     assert calls == []
 
 
+@pytest.mark.parametrize("form", WIDE_FORMS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, CL], ids=["contiguous", "channels_last"])
+@torch.no_grad()
+def test_plain_projections_go_into_the_op(
+    form: str, layout: torch.memory_format, calls: list[int], projected_calls: list[int]
+) -> None:
+    model = o.fill(WIDE_FORMS[form]())
+    x = image(layout)
+    want = model(x)
+    got = df.accelerate(model)(x)
+    assert (projected_calls, calls) == ([2], [])
+    assert got.is_contiguous(memory_format=layout)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)
+    small = x[..., :2, :2].contiguous(memory_format=layout)  # more channels than pay for so few pixels
+    torch.testing.assert_close(model(small), df.restore(model)(small), rtol=1e-4, atol=2e-5)
+    assert (projected_calls, calls) == ([2], [2])
+
+
+@pytest.mark.parametrize("what", ["bias", "forward", "class", "kernel", "hook", "sequential hook", "global hook"])
+@torch.no_grad()
+def test_projections_that_are_not_plain_are_called(what: str, calls: list[int], projected_calls: list[int]) -> None:
+    module = o.fill(annotated.LinearAttention(12, heads=2, dim_head=16))
+    seen: list[str] = []
+    handle = None
+    if what == "bias":
+        module.to_qkv.bias = nn.Parameter(torch.ones(96))
+    elif what == "forward":
+        module.to_out[0].forward = lambda x: nn.Conv2d.forward(module.to_out[0], x) * 2  # type: ignore[method-assign]
+    elif what == "class":
+        module.to_qkv = o.fill(type("Conv", (nn.Conv2d,), {})(12, 96, 1, bias=False))
+    elif what == "kernel":
+        module.to_qkv = o.fill(nn.Conv2d(12, 96, 3, padding=1, bias=False))
+    elif what == "hook":
+        module.to_qkv.register_forward_pre_hook(lambda m, args: seen.append(what))
+    elif what == "sequential hook":
+        module.to_out.register_forward_hook(lambda m, args, output: seen.append(what))
+    x = image()
+    want = module(x)
+    df.accelerate(module)
+    seen.clear()
+    if what == "global hook":
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda m, args, output: seen.append(what) if m is module.to_qkv else None
+        )
+    got = module(x)
+    if handle is not None:
+        handle.remove()
+    assert (calls, projected_calls) == ([2], [])
+    assert seen == ([what] if "hook" in what else [])
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)
+
+
 @every_form
 def test_the_report_names_it(form: str) -> None:
     model = nn.ModuleDict({"attention": make(form)})
@@ -135,7 +208,7 @@ def test_the_report_names_it(form: str) -> None:
 
 @pytest.mark.parametrize("name", ["lucidrains", "examples/annotated.py"])
 @torch.no_grad()
-def test_whole_networks_compute_the_same(name: str, calls: list[int]) -> None:
+def test_whole_networks_compute_the_same(name: str, calls: list[int], projected_calls: list[int]) -> None:
     if name == "lucidrains":
         model: nn.Module = import_package().Unet(dim=8, dim_mults=(1, 2, 4), channels=1, flash_attn=False)
     else:
@@ -144,7 +217,9 @@ def test_whole_networks_compute_the_same(name: str, calls: list[int]) -> None:
     o.fill(model)
     want = model(x, t)
     got = df.accelerate(model, channels_last=True)(x, t)
-    assert len(calls) == len(acceleration_report(model).attentions_fused) == (4 if name == "lucidrains" else 6)
+    in_all = len(acceleration_report(model).attentions_fused)
+    assert (len(projected_calls), len(calls)) == ((4, 0) if name == "lucidrains" else (5, 1))
+    assert in_all == len(projected_calls) + len(calls)
     # Some forty layers, each rounding to a few 1e-7 of its output.
     assert (got - want).square().mean().sqrt() <= 1e-5 * want.square().mean().sqrt()
 

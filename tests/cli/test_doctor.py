@@ -45,6 +45,7 @@ def off_by(amount: float, function: Callable[..., torch.Tensor]) -> Callable[...
         ("target_loss", "target_loss"),
         ("conv3x3", "conv"),
         ("linear_attention", "linear_attention"),
+        ("projected_linear_attention", "projected_linear_attention"),
     ],
 )
 def test_an_op_that_is_a_little_wrong_fails(cli: Cli, monkeypatch: pytest.MonkeyPatch, name: str, test: str) -> None:

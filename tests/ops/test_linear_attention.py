@@ -7,12 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import ddpm_fast as df
 from ddpm_fast import backends
 from ddpm_fast.backends.reference import linear_attention as reference
-from ddpm_fast.ops.linear_attention import LINEAR_ATTENTION
+from ddpm_fast.ops.linear_attention import (
+    LINEAR_ATTENTION,
+    PROJECTED_LINEAR_ATTENTION,
+    is_projecting_faster,
+    projected_linear_attention,
+)
 from tests.third_party.lucidrains import import_package
 
 from .common import LAYOUTS, laid_out, run_with_isa, same_bits, shape_id
@@ -163,6 +169,140 @@ def test_no_sample_and_wide_heads(backend: str) -> None:
     assert torch.equal(df.linear_attention(qkv, 1, scale=0), torch.zeros(2, 129, 4, 4))
 
 
+# ---- With the projections in it ----
+
+# (N, C, K, heads, dim, H, W, memories): the smallest; no whole vector of channels, no whole block of pixels; several
+# chunks and a memory larger than a block; the widest head; whole vectors.
+PROJECTED_SHAPES = [
+    (1, 1, 1, 1, 16, 1, 1, 0),
+    (2, 28, 28, 4, 32, 28, 28, 0),
+    (3, 17, 35, 2, 48, 9, 10, 3),
+    (1, 20, 19, 2, 16, 40, 77, 70),
+    (2, 24, 5, 1, 128, 7, 8, 2),
+    (2, 64, 32, 4, 32, 9, 9, 4),
+]
+# (C, heads, dim, side, memories) of the annotated article's and lucidrains' networks, and the most channels.
+PROJECTED_LAYERS = [(28, 4, 32, 28, 0), (56, 4, 32, 14, 0), (112, 4, 32, 7, 0), (28, 4, 32, 28, 4), (256, 4, 32, 16, 4)]
+
+Projected = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+def projected_inputs(
+    n: int, c: int, k: int, heads: int, dim: int, h: int, w: int, memories: int, layout: str = "channels_last"
+) -> Projected:
+    x = laid_out(torch.randn(n, c, h, w), layout)
+    qkv_weight = torch.randn(3 * heads * dim, c, 1, 1) * c**-0.5
+    out_weight = torch.randn(k, heads * dim, 1, 1) * (heads * dim) ** -0.5
+    memory = torch.randn(2, heads, dim, memories) if memories else None
+    return x, qkv_weight, out_weight, torch.randn(k), memory
+
+
+def one_by_one(x: Tensor, qkv: Tensor, out: Tensor, bias: Tensor | None, memory: Tensor | None, heads: int) -> Tensor:
+    y = einsums(F.conv2d(x, qkv), heads, memory, (qkv.shape[0] // (3 * heads)) ** -0.5)
+    return F.conv2d(y, out, bias)
+
+
+def in_float64(tensors: Projected) -> list[Any]:
+    return [None if tensor is None else tensor.double() for tensor in tensors]
+
+
+def projected(tensors: Projected, heads: int) -> Tensor:
+    x, qkv_weight, out_weight, out_bias, memory = tensors
+    return projected_linear_attention(x, qkv_weight, out_weight, out_bias, heads=heads, memory=memory)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", PROJECTED_SHAPES, ids=shape_id)
+def test_projected_is_the_operations_in_float64(backend: str, shape: tuple[int, ...], layout: str) -> None:
+    tensors = projected_inputs(*shape, layout=layout)
+    heads = shape[3]
+    y = projected(tensors, heads)
+    assert y.dtype == torch.float32
+    assert y.is_contiguous(memory_format=LAYOUTS[layout])
+    # Means of values around 1 through two products, an addition of a bias around 1 at the end.
+    assert (y - one_by_one(*in_float64(tensors), heads)).abs().max() < 16 * 2**-24 * tensors[0].abs().max()
+    without_bias = projected((*tensors[:3], None, tensors[4]), heads)
+    torch.testing.assert_close(without_bias + tensors[3][:, None, None], y, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("layer", PROJECTED_LAYERS, ids=shape_id)
+def test_projected_errs_at_most_as_much_as_eager(layer: tuple[int, int, int, int, int]) -> None:
+    channels, heads, dim, side, memories = layer
+    assert is_projecting_faster(channels, channels, dim, side * side)
+    ours = eagers = 0.0
+    for seed in range(5):
+        torch.manual_seed(seed)
+        tensors = projected_inputs(2, channels, channels, heads, dim, side, side, memories)
+        tensors = (*tensors[:3], None, tensors[4])  # whose rounding would hide the others
+        truth = one_by_one(*in_float64(tensors), heads)
+        ours += rms(projected(tensors, heads) - truth)
+        eagers += rms(one_by_one(*tensors, heads) - truth)
+    assert ours <= eagers
+
+
+@pytest.mark.parametrize("why", ["few pixels", "narrow heads", "bfloat16", "float64", "gradient"])
+def test_projected_elsewhere_is_the_operations_one_by_one(why: str) -> None:
+    channels, side, dim = {"few pixels": (44, 4, 16), "narrow heads": (8, 6, 8)}.get(why, (12, 6, 16))
+    assert is_projecting_faster(channels, channels, dim, side * side) == (why not in ("few pixels", "narrow heads"))
+    tensors = projected_inputs(2, channels, channels, 2, dim, side, side, 3)
+    if why in ("bfloat16", "float64"):
+        tensors = tuple(tensor.to(getattr(torch, why)) for tensor in tensors)
+    x, qkv_weight, out_weight, out_bias, memory = tensors
+    out_weight.requires_grad_(why == "gradient")
+    y = projected(tensors, 2)
+    assert y.requires_grad == (why == "gradient")
+    attended = df.linear_attention(F.conv2d(x, qkv_weight), 2, memory=memory)
+    assert torch.equal(y, F.conv2d(attended, out_weight, out_bias))
+
+
+def test_projected_overflows_nowhere(backend: str) -> None:
+    tensors = projected_inputs(2, 20, 20, 2, 16, 9, 8, 3)
+    tensors[0].mul_(200.0)
+    y = projected(tensors, 2)
+    assert torch.isfinite(y).all()
+    # What a key is rounded by, its weight is wrong by, as a share of it.
+    keys = F.conv2d(*tensors[:2]).abs().max()
+    assert (y - one_by_one(*in_float64(tensors), 2)).abs().max() < 8 * 2**-24 * keys * tensors[0].abs().max()
+
+
+def test_projected_nan_stays_in_its_sample(backend: str) -> None:
+    tensors = projected_inputs(2, 20, 20, 2, 16, 9, 8, 0)
+    tensors[0][1, 4, 3, 3] = torch.nan
+    y = projected(tensors, 2)
+    assert y[1].isnan().all()
+    assert not y[0].isnan().any()
+
+
+def test_projected_takes_views_and_no_sample(backend: str) -> None:
+    _, *weights = projected_inputs(1, 32, 20, 2, 16, 1, 1, 2)
+    wide = torch.randn(3, 50, 8, 9)
+    for layout in LAYOUTS:
+        view = laid_out(wide, layout)[1:, 7:39, :, :5]
+        assert torch.equal(projected((view, *weights), 2), projected((view.contiguous(), *weights), 2))
+    assert projected((wide[:0, :32], *weights), 2).shape == (0, 20, 8, 9)
+
+
+def test_projected_gradients_are_those_of_the_operations() -> None:
+    tensors = [t.requires_grad_() for t in in_float64(projected_inputs(2, 5, 4, 2, 16, 3, 4, 2))]
+    assert torch.autograd.gradcheck(lambda *leaves: projected(leaves, 2), tensors, fast_mode=True)
+
+
+def test_projected_under_functional_transforms(backend: str) -> None:
+    x, *weights = projected_inputs(3, 12, 12, 2, 16, 6, 5, 0)
+    got = torch.func.vmap(lambda image: projected((image[None], *weights), 2)[0])(x)
+    torch.testing.assert_close(got, projected((x, *weights), 2), rtol=1e-4, atol=1e-5)
+
+
+def test_projected_traces_whole(backend: str) -> None:
+    torch._dynamo.reset()
+    x, *weights = projected_inputs(2, 12, 12, 2, 16, 6, 5, 2)
+
+    def function(x: Tensor) -> Tensor:
+        return projected((x * 2, *weights), 2)
+
+    assert same_bits(torch.compile(function, backend="aot_eager", fullgraph=True)(x), function(x))
+
+
 # ---- Gradients, transforms, graphs ----
 
 
@@ -195,6 +335,10 @@ def test_operators_pass_opcheck() -> None:
         out = torch.empty(2, 16, 3, 5)
         torch.library.opcheck(LINEAR_ATTENTION[name], (qkv, memory, 2, 0.5, out))
         torch.library.opcheck(LINEAR_ATTENTION[name], (qkv, None, 2, 0.5, out))
+        tensors = projected_inputs(2, 12, 10, 2, 16, 3, 5, 2)
+        out = torch.empty(2, 10, 3, 5)
+        for rest in (tensors[3:], (None, None)):
+            torch.library.opcheck(PROJECTED_LINEAR_ATTENTION[name], (*tensors[:3], *rest, 2, 0.5, out))
 
 
 def test_traces_whole(backend: str) -> None:
@@ -219,6 +363,16 @@ for n, heads, dim, side, memories in ((2, 4, 32, 28, 4), (1, 2, 17, 40, 3), (3, 
     for layout in (torch.contiguous_format, torch.channels_last):
         y = df.linear_attention(qkv.contiguous(memory_format=layout), heads, memory=memory)
         digest.update(y.contiguous().numpy().tobytes())
+from ddpm_fast.ops.linear_attention import projected_linear_attention
+shapes = (2, 28, 28, 4, 32, 28, 4), (1, 20, 33, 2, 48, 40, 3), (3, 64, 5, 1, 128, 9, 70)
+for n, c, k, heads, dim, side, memories in shapes:
+    torch.manual_seed(0)
+    x, memory = torch.randn(n, c, side, side), torch.randn(2, heads, dim, memories)
+    qkv_weight, out_weight = torch.randn(3 * heads * dim, c, 1, 1) / 5, torch.randn(k, heads * dim, 1, 1) / 8
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = x.contiguous(memory_format=layout)
+        y = projected_linear_attention(x, qkv_weight, out_weight, torch.randn(k), heads=heads, memory=memory)
+        digest.update(y.contiguous().numpy().tobytes())
 print(digest.hexdigest())
 """
 
@@ -239,8 +393,20 @@ def test_bits_of_a_sample_depend_neither_on_its_batch_nor_on_the_layout(layout: 
     assert same_bits(alone[0].contiguous(), batched[3].contiguous())
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(5, 28, 20, 4, 32, 33, 34, 3), (5, 32, 32, 2, 16, 8, 8, 0)], ids=shape_id)
+def test_projected_bits_of_a_sample_depend_neither_on_its_batch_nor_on_the_layout(
+    shape: tuple[int, ...], layout: str
+) -> None:
+    x, *weights = projected_inputs(*shape)
+    batched = projected((x, *weights), shape[3])
+    alone = projected((laid_out(x[3:4], layout), *weights), shape[3])
+    assert same_bits(alone[0].contiguous(), batched[3].contiguous())
+
+
 # ---- Bad input ----
 
+X, IN, OUT, BIAS = torch.zeros(2, 12, 9, 9), torch.zeros(96, 12, 1, 1), torch.zeros(7, 32, 1, 1), torch.zeros(7)
 QKV = torch.zeros(2, 24, 4, 4)
 VALUE_ERRORS: dict[str, Callable[[], Any]] = {
     "qkv must be float32, float16, bfloat16 or float64, not torch.int64": lambda: df.linear_attention(QKV.long(), 2),
@@ -254,6 +420,32 @@ VALUE_ERRORS: dict[str, Callable[[], Any]] = {
     "memory must be torch.float32 on cpu, as qkv, not torch.float64 on cpu": lambda: df.linear_attention(
         QKV, 2, memory=torch.zeros(2, 2, 4, 3).double()
     ),
+    "x must be float32, float16, bfloat16 or float64, not torch.int64": lambda: projected_linear_attention(
+        X.long(), IN, OUT, heads=2
+    ),
+    "heads must be at least 1, not -1": lambda: projected_linear_attention(X, IN, OUT, heads=-1),
+    r"x must be \(N, C, H, W\) with at least one.*not of shape \(2, 12, 9\)": lambda: projected_linear_attention(
+        X[..., 0], IN, OUT, heads=2
+    ),
+    r"x must be \(N, C, H, W\) with at least one.*not of shape \(2, 12, 0, 9\)": lambda: projected_linear_attention(
+        X[:, :, :0], IN, OUT, heads=2
+    ),
+    r"qkv_weight must be \(3 \* 5 \* dim, 12, 1, 1\), not of shape \(96, 12, 1, 1\)": lambda: (
+        projected_linear_attention(X, IN, OUT, heads=5)
+    ),
+    r"qkv_weight must be \(3 \* 2 \* dim, 12, 1, 1\), not of shape \(\)": lambda: projected_linear_attention(
+        X, torch.tensor(1.0), OUT, heads=2
+    ),
+    "qkv_weight must be torch.float32 on cpu, as x, not torch.float64 on cpu": lambda: projected_linear_attention(
+        X, IN.double(), OUT, heads=2
+    ),
+    r"out_weight must be \(K, 32, 1, 1\), not of shape \(7, 31, 1, 1\)": lambda: projected_linear_attention(
+        X, IN, OUT[:, 1:], heads=2
+    ),
+    r"out_bias must be \(7,\), not of shape \(6,\)": lambda: projected_linear_attention(X, IN, OUT, BIAS[1:], heads=2),
+    r"memory must be \(2, 2, 16\) and one more dimension, not of shape \(3,\)": lambda: projected_linear_attention(
+        X, IN, OUT, heads=2, memory=torch.zeros(3)
+    ),
 }
 TYPE_ERRORS: dict[str, Callable[[], Any]] = {
     "qkv must be a tensor, not list": lambda: df.linear_attention([[1.0]], 1),
@@ -261,6 +453,12 @@ TYPE_ERRORS: dict[str, Callable[[], Any]] = {
     "heads must be an int, not bool": lambda: df.linear_attention(QKV, True),
     "memory must be a tensor or None, not float": lambda: df.linear_attention(QKV, 2, memory=1.0),
     "scale must be a float or None, not str": lambda: df.linear_attention(QKV, 2, scale="1"),
+    "x must be a tensor, not list": lambda: projected_linear_attention([1.0], IN, OUT, heads=2),
+    "heads must be an int, not str": lambda: projected_linear_attention(X, IN, OUT, heads="2"),
+    "qkv_weight must be a tensor, not NoneType": lambda: projected_linear_attention(X, None, OUT, heads=2),
+    "out_weight must be a tensor, not NoneType": lambda: projected_linear_attention(X, IN, None, heads=2),
+    "out_bias must be a tensor, not float": lambda: projected_linear_attention(X, IN, OUT, 1.0, heads=2),
+    "scale must be a float or None, not bool": lambda: projected_linear_attention(X, IN, OUT, heads=2, scale=True),
 }
 
 

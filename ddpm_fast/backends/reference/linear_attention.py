@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -29,3 +30,31 @@ def attend(qkv: Tensor, memory: Tensor | None, heads: int, scale: float) -> Tens
 def linear_attention(qkv: Tensor, memory: Tensor | None, heads: int, scale: float, out: Tensor) -> None:
     """Writes the attention to `out`, computed in float64 and rounded once."""
     out.copy_(attend(qkv.double(), None if memory is None else memory.double(), heads, scale))
+
+
+def attend_projected(
+    x: Tensor,
+    qkv_weight: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    memory: Tensor | None,
+    heads: int,
+    scale: float,
+) -> Tensor:
+    """The attention of x (N, C, H, W) between two 1x1 convolutions, in its dtype: (N, K, H, W)."""
+    return F.conv2d(attend(F.conv2d(x, qkv_weight), memory, heads, scale), out_weight, out_bias)
+
+
+def projected_linear_attention(
+    x: Tensor,
+    qkv_weight: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    memory: Tensor | None,
+    heads: int,
+    scale: float,
+    out: Tensor,
+) -> None:
+    """Writes the attention to `out`, computed in float64 and rounded once."""
+    out_bias, memory = (None if tensor is None else tensor.double() for tensor in (out_bias, memory))
+    out.copy_(attend_projected(x.double(), qkv_weight.double(), out_weight.double(), out_bias, memory, heads, scale))
