@@ -70,7 +70,7 @@ DDPM_FAST_INLINE void for_each_key(const float* x, const QuantileLayout& layout,
     const Raw<V> raw = reader.template read<V>(e, count);
 #pragma unroll
     for (int j = 0; j < V; ++j)
-      if (j < count) body(key_of(raw.word[j]));
+      if (j == 0 || j < count) body(key_of(raw.word[j]));
   }
 }
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -25,7 +28,7 @@ from .cuda_runs import (
     traced,
     under_every_schedule,
 )
-from .triton_runs import SEED, STREAM, blank, drawn_for, moved
+from .triton_runs import MANY, SEED, STREAM, blank, drawn_for, moved
 
 SCHEDULE = df.NoiseSchedule.linear(1000)
 
@@ -39,10 +42,12 @@ class Case:
     dtype: torch.dtype = torch.float32
     noise: tuple[torch.dtype, str] | None = None
     x0_layout: str | None = None  # where not x_t's
+    x0_dtype: torch.dtype | None = None  # where not x_t's
     offset: int = 0
 
     def __str__(self) -> str:
         parts = [shape_id(self.shape), self.layout, str(self.dtype)[6:]]
+        parts += [] if self.x0_dtype is None else [f"from-{str(self.x0_dtype)[6:]}"]
         parts += [] if self.x0_layout is None else [f"from-{self.x0_layout}"]
         parts += ["drawn"] if self.noise is None else [f"given-{str(self.noise[0])[6:]}-{self.noise[1]}"]
         return "-".join([*parts, *["misaligned"] * bool(self.offset)])
@@ -68,25 +73,56 @@ MORE_CASES = [
     Case((2, 3, 8, 8), "contiguous", torch.uint8, (torch.bfloat16, "channels_last"), "channels_last"),
     Case((5, 3), "contiguous", torch.bfloat16, (torch.float16, "contiguous"), offset=1),
 ]
-LOOPS = [
-    Case((2, 3, 150, 150)),
-    Case((40, 3, 30, 32), "channels_last", torch.bfloat16, None, "contiguous"),
-    Case((40, 3, 5, 5), "channels_last", torch.bfloat16),
-    Case((40, 3, 5, 5), "channels_last", torch.float16),
-]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled variant: the dtype of x_t, and whether x0 and the noise may have another, and another order."""
+
+    tiled: bool
+    dtype: torch.dtype
+    general: bool
+
+    def __str__(self) -> str:
+        return f"{'tiles' if self.tiled else 'flat'}-{str(self.dtype)[6:]}-{'general' if self.general else 'plain'}"
+
+
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+KERNELS = [Kernel(*options) for options in itertools.product((False, True), FLOATS, (False, True))]
+# Every rest of four and of eight elements; more channels than a tile has.
+SMALL = [(2, 3, 1, pixels) for pixels in range(8, 16)]
+MANY_CHANNELS = (1, 258, 2, 2)
+# More samples, and pixels or elements of each, than a GPU of one multiprocessor takes in one go; more channels.
+LOOPS = {False: [(34, 3, 28, 28)], True: [(34, 5, 21, 21), (1, 8208, 1, 2)]}
+
+
+def ways(kernel: Kernel, shapes: Sequence[tuple[int, ...]], count: int) -> list[Case]:
+    """What a kernel makes x_t of, as many cases as there are shapes or more: every other choice is drawn."""
+    draw, cases = random.Random(0), []
+    layout, other = ("channels_last", "contiguous") if kernel.tiled else ("contiguous", "channels_last")
+    for k in range(count):
+        noise = x0_layout = x0_dtype = None
+        if kernel.general:
+            x0_dtype = draw.choice([*FLOATS, *[torch.uint8] * (kernel.dtype == torch.float32)])
+            x0_layout = other if x0_dtype == kernel.dtype else draw.choice((layout, other))
+        if not kernel.tiled and k % 2:
+            noise = (draw.choice(FLOATS), draw.choice((layout, other))) if kernel.general else (kernel.dtype, layout)
+        offset = draw.choice((0, 0, 1))
+        cases.append(Case(shapes[k % len(shapes)], layout, kernel.dtype, noise, x0_layout, x0_dtype, offset))
+    return cases
 
 
 def lay(tensor: Tensor, layout: str) -> Tensor:
     return laid_out(tensor, layout) if tensor.dim() == 4 else tensor
 
 
-def agrees(case: Case, target: int, processors: int | None = None) -> None:
-    shape, samples = case.shape, case.shape[0]
-    is_bytes = case.dtype == torch.uint8
-    result = torch.float32 if is_bytes else case.dtype
+def agrees(case: Case, target: int, processors: int | None = None, once: bool = False) -> None:
+    """once: under one schedule of the threads."""
+    shape, samples, x0_dtype = case.shape, case.shape[0], case.x0_dtype or case.dtype
+    is_bytes = x0_dtype == torch.uint8
     drawn = torch.randint(0, 256, shape) if is_bytes else torch.randn(shape)
-    x0 = moved(lay(drawn.to(case.dtype), case.x0_layout or case.layout), case.offset)
-    like = lay(torch.empty(shape, dtype=result), case.layout)
+    x0 = moved(lay(drawn.to(x0_dtype), case.x0_layout or case.layout), case.offset)
+    like = lay(torch.empty(shape, dtype=torch.float32 if is_bytes else case.dtype), case.layout)
     t, coefficients = torch.randint(0, 1000, (samples,)), SCHEDULE.noising_coefficients(torch.device("cpu"))
     ids, step = drawn_for(samples)
     given = None
@@ -102,12 +138,13 @@ def agrees(case: Case, target: int, processors: int | None = None) -> None:
         NOISING_RANDOM["cuda"](x0, t, coefficients, SEED, ids, step, STREAM, x_t, noise)
         return x_t, noise
 
-    got = under_every_schedule(q_sample, target, processors, samples)
+    got = under_every_schedule(q_sample, target, processors, MANY if once else samples)
     expected, noise = torch.empty_like(like), torch.empty_like(like)
+    wide = x0 if is_bytes else x0.float()  # the reference would round to x0's dtype first
     if given is not None:
-        reference.noising(x0, t, coefficients, given, expected)
+        reference.noising(wide, t, coefficients, given, expected)
     else:
-        reference.noising_random(x0, t, coefficients, SEED, ids, step, STREAM, expected, noise)
+        reference.noising_random(wide, t, coefficients, SEED, ids, step, STREAM, expected, noise)
         assert same_bits(got[1], noise)
     assert same_bits(got[0], expected)
 
@@ -117,9 +154,16 @@ def test_is_the_references_q_sample(case: Case) -> None:
     agrees(case, target=90)
 
 
-@pytest.mark.parametrize("case", LOOPS, ids=str)
-def test_loops_where_there_is_more_work_than_threads(case: Case) -> None:
-    agrees(case, target=90, processors=ONE_PROCESSOR)
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_every_source_of_x0_and_noise(kernel: Kernel) -> None:
+    for case in ways(kernel, [*SMALL, MANY_CHANNELS], 18):
+        agrees(case, target=90, once=True)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_loops_where_there_is_more_work_than_threads(kernel: Kernel) -> None:
+    for case in ways(kernel, LOOPS[kernel.tiled], len(LOOPS[kernel.tiled])):
+        agrees(case, target=90, processors=ONE_PROCESSOR, once=True)
 
 
 @pytest.mark.parametrize("target", [80, 120])
