@@ -223,7 +223,7 @@ def test_registers_and_accesses(target: int) -> None:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_memory(dtype: torch.dtype, layout: str) -> None:
     """Three transfers of an image: x0 in, x_t and the noise out."""
     x0 = laid_out(torch.randn(1, 3, 32, 32).to(dtype), layout)
