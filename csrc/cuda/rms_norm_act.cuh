@@ -121,7 +121,7 @@ __device__ __forceinline__ void keep_tile(uint4* kept, const T* from, const Tile
         return place(i, row, column) ? load(from + row * stride + column * kWidth<T>, tile.valid(column))
                                      : make_uint4(0, 0, 0, 0);
       },
-      [&](int i, const uint4& v) { kept[i] = v; });
+      [&](int i, const uint4& v, bool) { kept[i] = v; });
 }
 
 // put(row, sum) for each row: the sum over its elements of what value(row, column, terms) gives. A team of neighbouring
