@@ -102,10 +102,10 @@ __device__ __forceinline__ void for_vectors(int begin, int whole, int end, int s
     decltype(load(0)) v[kBatch];
 #pragma unroll
     for (int k = 0; k < kBatch; ++k)
-      if (i + k * stride < whole) v[k] = load(i + k * stride);
+      if (k == 0 || i + k * stride < whole) v[k] = load(i + k * stride);
 #pragma unroll
     for (int k = 0; k < kBatch; ++k)
-      if (i + k * stride < whole) use(i + k * stride, v[k], true);
+      if (k == 0 || i + k * stride < whole) use(i + k * stride, v[k], true);
   }
   // The first index of this thread that is not below `whole`.
   i = begin + (max(whole - begin, 0) + stride - 1) / stride * stride;

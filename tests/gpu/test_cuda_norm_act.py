@@ -160,7 +160,7 @@ def test_parameters_of_groups_of_several_launches(layout: str, target: int, dtyp
     # A variance that eps counts beside, and in float32 a mean whose rounding counts beside the deviation.
     near_eps = noise * 0.02 + (100 if dtype == torch.float32 else 0)
     grad = grad.to(dtype)
-    for names in ((), ("weight",), ("bias", "shift"), ("scale", "embedding"), NAMES):
+    for names in ((), ("bias", "shift"), ("scale",), ("weight", "bias", "shift", "embedding"), NAMES):
         x = (noise * 2 + 1 if "embedding" in names else near_eps).to(dtype)
         for activation, parameter_dtype in (("silu", dtype), (None, torch.float32)):
             inputs = {"x": x, **parameters(case[0], parameter_dtype, names)}
