@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import ddpm_fast as df
@@ -475,6 +477,18 @@ def plan_of(case: Case, layout: str, size: int, target: int, backward: bool) -> 
     last = int(layout == "channels_last")
     plan_library().plan_of(*sizes, last, size, SHARED_BYTES[target], int(target >= 90), int(backward), values)
     return dict(zip(FIELDS, values, strict=True))
+
+
+@settings(deadline=None)
+@given(by=st.integers(1, 2**31 - 1), most=st.integers(0, 2**63 - 1), rest=st.integers(-1, 1))
+def test_dividers_are_exact(by: int, most: int, rest: int) -> None:
+    """The kernels' arithmetic, next to multiples, where a quotient is wrong first."""
+    values = (ctypes.c_uint64 * 4)()
+    plan_library().dividers_of(ctypes.c_uint32(by), values)
+    for bits, multiplier, shift in ((32, *values[:2]), (64, *values[2:])):
+        n = min(max(most % 2 ** (bits - 1) // by * by + rest, 0), 2 ** (bits - 1) - 1)
+        assert multiplier < 2**bits
+        assert ((n * multiplier >> bits) + n) >> shift == n // by
 
 
 # Residual blocks of the usual networks, LayerNorm-like groups, and what is too large for anything.
