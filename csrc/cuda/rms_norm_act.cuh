@@ -132,7 +132,7 @@ __device__ __forceinline__ void keep_tile(uint4* kept, const T* from, const Tile
         const T* const at = place(i, row, column);
         return load(at, tile.left(column));
       },
-      [&](int i, const uint4& v) { kept[i] = v; });
+      [&](int i, const uint4& v, bool) { kept[i] = v; });
 }
 
 // put(row, sum) for each row: the sum over its elements of what value(row, column, terms) gives, zeros for those that only
