@@ -197,16 +197,16 @@ __device__ __forceinline__ void sum_over_rows(const Tile& tile, const RmsNormAct
   }
 }
 
-template <class Tile>
+template <class T, class Tile>
 __device__ __forceinline__ void fill_channels(const Tile& tile, const Parameters& given, const RmsNormActOp& op) {
 #pragma unroll 1
   for (int slot = threadIdx.x; slot < tile.channel_slots(op); slot += kRmsThreads) {
     const int c = tile.channel_of(slot, op);
-    const double weight = given.weight ? static_cast<double>(parameter(given.weight, op.weight, 0, c)) : 1.0;
+    const double weight = given.weight ? static_cast<double>(parameter<T>(given.weight, op.weight, 0, c)) : 1.0;
     const double by_scale =
-        given.scale ? 1.0 + static_cast<double>(parameter(given.scale, op.scale, tile.sample, c)) : 1.0;
+        given.scale ? 1.0 + static_cast<double>(parameter<T>(given.scale, op.scale, tile.sample, c)) : 1.0;
     tile.factor[tile.channel_spot(slot, op)] = static_cast<float>(weight * by_scale);
-    tile.shift[tile.channel_spot(slot, op)] = given.shift ? parameter(given.shift, op.shift, tile.sample, c) : 0.0f;
+    tile.shift[tile.channel_spot(slot, op)] = given.shift ? parameter<T>(given.shift, op.shift, tile.sample, c) : 0.0f;
   }
 }
 
@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kRmsThreads, 3)
   extern __shared__ uint4 memory[];
   constexpr int V = kWidth<T>;
   const RmsTile<T, kLast> tile(op, memory);
-  fill_channels(tile, {weight, nullptr, scale, shift, nullptr}, op);
+  fill_channels<T>(tile, {weight, nullptr, scale, shift, nullptr}, op);
   const T* const from = x + tile.offset(op, op.x_stride);
   keep_tile(tile.kept, from, tile, op);
   __syncthreads();
@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(kRmsThreads, 2)
   extern __shared__ uint4 memory[];
   constexpr int V = kWidth<T>;
   const RmsTile<T, kLast> tile(op, memory);
-  fill_channels(tile, {weight, nullptr, scale, shift, nullptr}, op);
+  fill_channels<T>(tile, {weight, nullptr, scale, shift, nullptr}, op);
 #pragma unroll 1
   for (int slot = threadIdx.x; slot < tile.pixel_slots(op); slot += kRmsThreads)
     tile.rrms[tile.pixel_spot(slot, op)] = rrms[tile.sample * op.pixels + tile.pixel + tile.pixel_of(slot)];
