@@ -29,7 +29,7 @@ TARGETS = [
 LAYOUTS = ["contiguous", "channels_last"]
 
 # Fewer channels than a vector, a prime number; one pixel, none; more tiles than one; more samples than 256; more
-# columns than threads, and so many channels that a tile is read again; aligned rows of more vectors than two a thread;
+# columns than threads, and so many channels that a tile is read again; whole vectors, more than four a thread;
 # any number of dimensions.
 SHAPES = [
     (2, 12, 5, 3),
@@ -39,7 +39,7 @@ SHAPES = [
     (1, 1, 20, 21),
     (3, 48),
     (1, 4096, 3, 3),
-    (1, 250, 4, 14),
+    (1, 1104, 4, 4),
     (2, 20, 2, 3, 5),
 ]
 
