@@ -36,13 +36,13 @@ struct Tile {
   unsigned pitch;  // element (c, p) of the tile has its noise at p * pitch + c
 };
 
-// How many neighbouring channels neighbouring threads take, a power of two of which this is the logarithm, so that what
-// a warp writes at once goes to 32 different banks. With g = gcd(pitch, 32) the pitch times four pixels, the four pixels
-// and the g channels reach them all.
-DDPM_FAST_INLINE int channels_at_once(unsigned pitch) { return ::min(__ffs(pitch) - 1, 5); }
+// The logarithm of how many neighbouring channels neighbouring threads take, a power of two, so that what a warp writes at
+// once goes to 32 different banks. With g = gcd(pitch, 32) the pitch times four pixels, the four pixels and the g channels
+// reach them all.
+DDPM_FAST_INLINE int log_of_side(unsigned pitch) { return ::min(__ffs(pitch) - 1, 5); }
 
 static __device__ void fill_tile(float* tile, const Tile& at, uint64_t pixels, const NoiseKey& noise) {
-  const int shift = channels_at_once(at.pitch);
+  const int shift = log_of_side(at.pitch);
   const unsigned side = 1u << shift;
   // Blocks of four that a run of so many pixels touches, in the channel where it is aligned worst.
   const unsigned blocks = (at.pixels + (pixels % 4 == 0 ? 3 : 6)) / 4, row = blocks << shift;
@@ -64,7 +64,7 @@ static __device__ void fill_tile(float* tile, const Tile& at, uint64_t pixels, c
       const F head = z[0], next = z[1];
       z[0] = z[2], z[1] = z[3], z[2] = head, z[3] = next;
     }
-    // The tile's pixel of the block's first normal: for pixels before the tile as for those behind it, too large a number.
+    // The tile's pixel of the block's first normal. Those before the tile become too large, as those behind it are.
     const unsigned start = 4 * block - static_cast<unsigned>(first % 4);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {

@@ -288,15 +288,26 @@ def test_a_row_outside_the_table_stops_the_kernel() -> None:
 def test_refuses_what_it_does_not_take() -> None:
     x, rows, index = torch.randn(2, 3, 4, 4), ddpm_table(SCHEDULE).rows, torch.tensor([5])
 
-    def step(x_t: Tensor, output: Tensor, threshold: Tensor | None = None, out: Tensor | None = None) -> None:
+    def step(
+        x_t: Tensor,
+        output: Tensor,
+        threshold: Tensor | None = None,
+        out: Tensor | None = None,
+        noise: Tensor | None = None,
+        seed: Tensor | None = None,
+    ) -> None:
         out = torch.empty_like(x_t) if out is None else out
-        DENOISE["cuda"](x_t, output, None, rows, index, 0, 0, None, None, threshold, None, None, None, 1, out, None)
+        DENOISE["cuda"](x_t, output, None, rows, index, 0, 0, None, None, threshold, noise, seed, None, 1, out, None)
 
     with simulate.backend("cuda"):
         with pytest.raises(RuntimeError, match="model_output has 2 samples of 3 channels of 8 pixels"):
             step(x, x[:, :, :2])
         with pytest.raises(RuntimeError, match="model_output has a dtype that the kernels do not read"):
             step(x, x.double())
+        with pytest.raises(RuntimeError, match="model_output must be float32, float16 or bfloat16"):
+            step(x, x.byte())
+        with pytest.raises(RuntimeError, match="noise is given or drawn from a seed, not both"):
+            step(x, x, noise=x, seed=SEED)
         with pytest.raises(RuntimeError, match="x_t must be contiguous or channels_last"):
             step(x[..., ::2], x[..., ::2].contiguous())
         with pytest.raises(RuntimeError, match="threshold must be a contiguous float32 tensor of 2 elements"):

@@ -203,6 +203,10 @@ def test_refuses_what_it_does_not_take() -> None:
             NOISING["cuda"](x0, t, table, torch.randn(2, 3, 4, 8), x_t)
         with pytest.raises(RuntimeError, match="coefficients must be a contiguous float32 tensor of 2 columns"):
             NOISING["cuda"](x0, t, table.double(), x0, x_t)
+        with pytest.raises(RuntimeError, match="noise must be float32, float16 or bfloat16"):
+            NOISING["cuda"](x0, t, table, x0.byte(), x_t)
+        with pytest.raises(RuntimeError, match="out must be float32 where x0 is uint8"):
+            NOISING["cuda"](x0.byte(), t, table, x0, x_t.half())
         with pytest.raises(RuntimeError, match="out must be float32, float16 or bfloat16"):
             NOISING["cuda"](x0, t, table, x0, x_t.byte())
         with pytest.raises(RuntimeError, match="noise must have the dtype and layout of the other results"):
