@@ -97,7 +97,10 @@ template <bool kBytes> struct GeneralReader {
   const View& view;
 
   DDPM_FAST_INLINE GeneralReader(const void* tensor, const View& view_, int64_t sample)
-      : data(static_cast<const char*>(tensor) + sample * view_.sample_stride * size_of(view_.type)), view(view_) {}
+      : view(view_) {
+    const int size = view.type == kFloat32 ? 4 : is_bytes() ? 1 : 2;
+    data = static_cast<const char*>(tensor) + sample * view.sample_stride * size;
+  }
   DDPM_FAST_INLINE bool is_bytes() const { return kBytes && view.type == kUint8; }
 
   template <int V> DDPM_FAST_INLINE Raw<V> read(int64_t e, int count) const {
@@ -108,8 +111,7 @@ template <bool kBytes> struct GeneralReader {
       else load_words<2 * V>(raw.word, data + 2 * e);
       return raw;
     }
-    const int64_t outer = ((e | view.inner) >> 32) == 0 ? static_cast<uint32_t>(e) / static_cast<uint32_t>(view.inner)
-                                                        : e / view.inner;
+    const int64_t outer = e / view.inner;  // nvcc divides in 32 bits where these hold both
     int64_t inner = e - outer * view.inner, at = outer * view.outer_stride + inner * view.inner_stride;
 #pragma unroll
     for (int j = 0; j < V; ++j) {

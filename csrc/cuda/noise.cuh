@@ -50,8 +50,8 @@ static __device__ void fill_tile(float* tile, const Tile& at, uint64_t pixels, c
   const unsigned turn = threadIdx.x % 32 >> ::max(shift, 3);
 #pragma unroll 1
   for (unsigned task = threadIdx.x; task < tasks; task += kThreads) {
+    // Beyond the last channel there is room for these few, as the pitch is a multiple of them.
     const unsigned channel = (task / row << shift) + task % side, block = task % row >> shift;
-    if (channel >= at.channels) continue;
     const uint64_t first = (at.first_channel + channel) * pixels + at.first_pixel;
     F z[4];
     normal4(z, static_cast<uint32_t>(first / 4) + block, noise);
@@ -106,7 +106,8 @@ DDPM_FAST_INLINE void walk_tiles(float* tile, const Layout& layout, bool draws, 
             return;
           }
 #pragma unroll
-          for (int j = 0; j < 4; ++j) z[j].v = j == 0 || j < count ? tile[i + j] : 0.0f;
+          for (int j = 0; j < 4; ++j)
+            if (j == 0 || j < count) z[j].v = tile[i + j];
         });
       }
     }

@@ -46,7 +46,7 @@ class Case:
     variance: str = "fixed"
     noise: str = "seed"  # "seed", "given" or "none"
     guided: bool = False
-    bound: str = "clip"  # "clip", "zero" (a clip at zeros), "threshold" or "none"
+    bound: str = "clip"  # "clip", "zeros" (to which it clips), "threshold", "both" of these two, or "none"
     wants_x0: bool = False
     offset: int = 0
     other_dtype: torch.dtype | None = None  # of the unconditional output and the noise given, where not the usual ones
@@ -124,6 +124,7 @@ def ways(kernel: Kernel, shapes: Sequence[tuple[int, ...]], count: int) -> list[
     draw, cases = random.Random(0), []
     for k in range(count):
         learned, general = draw.choice(reference.VARIANCES), kernel.dtype is None
+        bound = draw.choice(("clip", "zeros", "threshold", "both", "none"))
         layout = LAST if kernel.tiled else "contiguous"
         # In the same order an output is not plain for its dtype's sake.
         other = draw.choice(("contiguous", LAST)) if general else layout
@@ -139,8 +140,8 @@ def ways(kernel: Kernel, shapes: Sequence[tuple[int, ...]], count: int) -> list[
                 "fixed" if kernel.tiled and not general else learned,
                 "seed" if kernel.tiled else draw.choice(("seed", "given", "none")),
                 draw.random() < 0.5 or (general and in_order),
-                draw.choice(("clip", "zero", "threshold", "none")),
-                draw.random() < 0.5,
+                bound,
+                bound in ("zeros", "both") or draw.random() < 0.5,
                 draw.choice((0, 0, 1)),
                 dtypes[1] if general else None,
                 draw.random() < 0.5,
@@ -177,7 +178,7 @@ def agrees(case: Case, target: int, processors: int | None = None, once: bool = 
         """Where the mean comes to zero, the noise alone shows. Behind it, variances: at the ends of their range, and
         logarithms that the exponential takes or is clamped for."""
         values = torch.randn(shape)
-        values[:, : case.shape[1]].masked_fill_(zero, 0)
+        values[:, : case.shape[1]][zero] *= 0.0  # of either sign
         variances = values[:, case.shape[1] :]
         variances.copy_(torch.where(torch.rand_like(variances) < 0.5, variances.sign(), 60 * variances))
         return values
@@ -189,8 +190,8 @@ def agrees(case: Case, target: int, processors: int | None = None, once: bool = 
     noise = None
     if case.noise == "given":
         noise = lay(torch.randn(shape).to(case.other_dtype or torch.float32), case.output_layout)
-    threshold = 1 + torch.rand(samples) if case.bound == "threshold" else None
-    clip = {"clip": (-1.0, 0.9), "zero": (0.0, -0.0)}.get(case.bound, (None, None))
+    threshold = 1 + torch.rand(samples) if case.bound in ("threshold", "both") else None
+    clip = {"clip": (-1.0, 0.9), "zeros": (0.0, -0.0), "both": (0.0, -0.0)}.get(case.bound, (None, None))
     seed = SEED if case.noise == "seed" else None
     options = (
         output, unconditional, rows, index, reference.PREDICTIONS.index(case.prediction),
@@ -217,7 +218,7 @@ def test_is_the_references_step(case: Case) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
 def test_every_way_to_make_a_step(kernel: Kernel) -> None:
-    for case in ways(kernel, [*SMALL, MANY_CHANNELS], 20):
+    for case in ways(kernel, [*SMALL, MANY_CHANNELS], 60):
         agrees(case, target=90, once=True)
 
 
