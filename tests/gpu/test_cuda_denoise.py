@@ -112,8 +112,8 @@ class Kernel:
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 KERNELS = [Kernel(tiled, dtype) for tiled in (False, True) for dtype in (*FLOATS, None)]
-# Every rest of a vector; more channels than a tile has.
-SMALL = [(2, 3, 2, 4), (2, 3, 3, 3), (2, 3, 2, 5), (2, 3, 1, 11)]
+# Every rest of a vector, with all of the noise's rare words; more channels than a tile has.
+SMALL = [(7, 3, 2, 4), (7, 3, 3, 3), (7, 3, 2, 5), (7, 3, 1, 11)]
 MANY_CHANNELS = (1, 258, 2, 2)
 # More samples, and pixels or elements of each, than a GPU of one multiprocessor takes in one go; more channels.
 LOOPS = {False: [(34, 3, 19, 19)], True: [(34, 5, 21, 21), (1, 8208, 1, 2)]}
@@ -262,28 +262,18 @@ def test_unusual_values_pass_as_in_the_reference(value: float) -> None:
         assert torch.allclose(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_row_outside_the_table_stops_the_kernel() -> None:
-    x, rows = torch.randn(1, 4), ddpm_table(SCHEDULE).rows
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_a_row_outside_the_table_stops_the_kernel(kernel: Kernel) -> None:
+    layout, other = (LAST, "contiguous") if kernel.tiled else ("contiguous", LAST)
+    x_t = laid_out(torch.randn(1, 3, 2, 2), layout)
+    output = laid_out(torch.randn(1, 3, 2, 2), layout if kernel.dtype else other).to(kernel.dtype)
+    rows, seed = ddpm_table(SCHEDULE).rows, SEED if kernel.tiled else None
     for index in (-1, 1000):
         with simulate.backend("cuda"), pytest.raises(RuntimeError, match="trap"):
             DENOISE["cuda"](
-                x,
-                x,
-                None,
-                rows,
-                torch.tensor([index]),
-                0,
-                0,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-                1,
-                torch.empty(1, 4),
-                None,
-            )
+                x_t, output, None, rows, torch.tensor([index]), 0, 0, None, None, None, None, seed, None, 1,
+                torch.empty_like(x_t), None,
+            )  # fmt: skip
 
 
 def test_refuses_what_it_does_not_take() -> None:

@@ -89,8 +89,8 @@ class Kernel:
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 KERNELS = [Kernel(*options) for options in itertools.product((False, True), FLOATS, (False, True))]
-# Every rest of four and of eight elements; more channels than a tile has.
-SMALL = [(2, 3, 1, pixels) for pixels in range(8, 16)]
+# Every rest of four and of eight elements, with all of the noise's rare words; more channels than a tile has.
+SMALL = [(6, 3, 1, pixels) for pixels in range(8, 16)]
 MANY_CHANNELS = (1, 258, 2, 2)
 # More samples, and pixels or elements of each, than a GPU of one multiprocessor takes in one go; more channels.
 LOOPS = {False: [(34, 3, 28, 28)], True: [(34, 5, 21, 21), (1, 8208, 1, 2)]}
@@ -188,11 +188,15 @@ def test_the_public_function_runs_on_it() -> None:
     assert same_bits(noise, same)
 
 
-def test_a_timestep_outside_the_schedule_stops_the_kernel() -> None:
-    x0, coefficients = torch.randn(1, 4), SCHEDULE.noising_coefficients(torch.device("cpu"))
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_a_timestep_outside_the_schedule_stops_the_kernel(kernel: Kernel) -> None:
+    layout, other = ("channels_last", "contiguous") if kernel.tiled else ("contiguous", "channels_last")
+    x0 = laid_out(torch.randn(1, 3, 2, 2).to(kernel.dtype), other if kernel.general else layout)
+    x_t, noise = (laid_out(torch.empty_like(x0), layout) for _ in range(2))
+    coefficients, step = SCHEDULE.noising_coefficients(torch.device("cpu")), torch.tensor([1])
     for t in (-1, 1000):
         with simulate.backend("cuda"), pytest.raises(RuntimeError, match="trap"):
-            NOISING["cuda"](x0, torch.tensor([t]), coefficients, x0, torch.empty_like(x0))
+            NOISING_RANDOM["cuda"](x0, torch.tensor([t]), coefficients, SEED, None, step, STREAM, x_t, noise)
 
 
 def test_refuses_what_it_does_not_take() -> None:
@@ -229,11 +233,13 @@ def test_registers_and_accesses(target: int) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_memory(dtype: torch.dtype, layout: str) -> None:
-    """Three transfers of an image: x0 in, x_t and the noise out."""
+    """Three transfers of an image: x0 in, x_t and the noise out; or both in, and x_t out."""
     x0 = laid_out(torch.randn(1, 3, 32, 32).to(dtype), layout)
     coefficients = SCHEDULE.noising_coefficients(torch.device("cpu"))
     x_t, noise, zero = torch.empty_like(x0), torch.empty_like(x0), torch.tensor([0])
-    launch = traced(lambda: NOISING_RANDOM["cuda"](x0, zero, coefficients, SEED, None, zero, 2, x_t, noise))
-    assert launch.stats["st_bytes"] == bytes_of(launch, "st.global") == 2 * x0.nbytes
-    assert bytes_of(launch, "ld.global") == x0.nbytes
-    is_coalesced(launch)
+    drawn = traced(lambda: NOISING_RANDOM["cuda"](x0, zero, coefficients, SEED, None, zero, 2, x_t, noise))
+    given = traced(lambda: NOISING["cuda"](x0, zero, coefficients, noise, x_t))
+    for launch, read in ((drawn, 1), (given, 2)):
+        assert launch.stats["st_bytes"] == bytes_of(launch, "st.global") == (3 - read) * x0.nbytes
+        assert bytes_of(launch, "ld.global") == read * x0.nbytes
+        is_coalesced(launch)
