@@ -56,9 +56,9 @@ static __global__ void __launch_bounds__(kWarp * kRows)
     for (int64_t n = warp(); n < samples; n += kRows) {
       const int64_t at = n * op.channels + channel, group = n * op.groups + channel / op.width;
       const Pieces pieces = whole ? Pieces{at, 0, 0, 1} : pieces_of(op, channels_last, n, channel);
-      ChannelSums sum;
+      ChannelSums sum = widened(sums[pieces.first]);
 #pragma unroll 1
-      for (int i = 0; i < pieces.count; ++i) sum += widened(sums[pieces.at(i)]);
+      for (int i = 1; i < pieces.count; ++i) sum += widened(sums[pieces.at(i)]);
       const double product = xhat_product(sum, mean[group], rstd[group]);
       const double by_scale = one_plus_scale<void>(given, op, n, channel), pixels = op.pixels;
       total.x += by_scale * product;

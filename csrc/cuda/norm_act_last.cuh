@@ -90,9 +90,11 @@ __device__ __forceinline__ void sum_rows(const float (&value)[kWidth<T>], const 
     const float* const from = reinterpret_cast<const float*>(of_threads + k / 4 * blockDim.x + full_vectors_of<T>(c)) + k % 4;
     float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     int r = 0;
+#pragma unroll 1
     for (; r + 4 <= tile.rows; r += 4)
 #pragma unroll
       for (int i = 0; i < 4; ++i) sum[i] += from[(r + i) * tile.columns * 4];
+#pragma unroll 1
     for (; r < tile.rows; ++r) sum[0] += from[r * tile.columns * 4];
     put(c, (sum[0] + sum[1]) + (sum[2] + sum[3]));
   }
@@ -125,13 +127,14 @@ __device__ __forceinline__ void tile_moments(const T* x, const LastTile& tile, c
       first, whole_pixels(x, tile, op), tile.pixels, tile.rows,
       [&](int p) { return load(x + static_cast<int64_t>(p) * op.channels); },
       [&](int p) { return load(x + static_cast<int64_t>(p) * op.channels, tile.valid); },
-      [&](int p, const uint4& v, bool) {
-        shared.kept[p * tile.columns + tile.column] = v;
-        float value[V];
-        unpack<T>(v, value);
+      [&](int p, const uint4& v, bool) { shared.kept[p * tile.columns + tile.column] = v; });
+#pragma unroll 2
+  for (int p = first; p < tile.pixels; p += tile.rows) {
+    float value[V];
+    unpack<T>(shared.kept[p * tile.columns + tile.column], value);
 #pragma unroll
-        for (int k = 0; k < V; ++k) sum[k] += value[k] + embedding[k];
-      });
+    for (int k = 0; k < V; ++k) sum[k] += value[k] + embedding[k];
+  }
   const auto keep_sum = [&](int channel, float of_rows) { shared.of_channel[channel] = of_rows; };
   sum_rows<T>(sum, tile, shared.of_threads, keep_sum);
   const int width = min(op.width, tile.channels);

@@ -98,6 +98,7 @@ template <int kBatch = 4, class Load, class LoadPart, class Use>
 __device__ __forceinline__ void for_vectors(int begin, int whole, int end, int stride, const Load& load,
                                             const LoadPart& load_part, const Use& use) {
   int i = begin;
+#pragma unroll 1
   for (; i < whole; i += kBatch * stride) {
     decltype(load(0)) v[kBatch];
 #pragma unroll

@@ -201,6 +201,19 @@ def test_hard_inputs_lose_no_accuracy(kind: str, layout: str, target: int) -> No
     assert float((y - truth).abs().max()) < (1e-5 + (dtype != torch.float32) * torch.finfo(dtype).eps / 2) * scale
 
 
+@pytest.mark.parametrize(("target", "dtype"), QUICK, ids=[f"sm_{a}-{d}" for a, d in QUICK])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_embedding_may_move_the_mean_far(target: int, dtype: torch.dtype, layout: str) -> None:
+    """By so much that squares of differences to a value without it lose the variance; the sums are exact in float32."""
+    shape = (1, 10, 13, 13)
+    x = laid_out((torch.randn(shape) * 64).round() / 64, layout).to(dtype)
+    embedding = 4096.0 + torch.arange(10)[None]
+    truth = exact(x, 2, embedding=embedding)
+    with simulate.backend("cuda", target):
+        y = df.group_norm_silu(x, 2, embedding=embedding)
+    assert_close(y, truth, 1e-5)
+
+
 @pytest.mark.parametrize("kind", ["mean 1e3", "mean 1e5", "outlier first pixels", "variance near eps"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_of_hard_inputs(kind: str, layout: str) -> None:
