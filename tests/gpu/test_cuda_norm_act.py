@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ddpm_fast as df
+from ddpm_fast.ops.norm_act import NORM_ACT
 from tests.gpu import cuda_library, gates, simulate
 from tests.gpu.ptx import nvcc, sass
 from tests.gpu.ptx.build import CACHE, digest
@@ -340,6 +341,13 @@ def test_no_sample_is_no_error() -> None:
         df.group_norm_silu(x, 4, weight, embedding=torch.randn(0, 8)).sum().backward()
     assert weight.grad is not None
     assert torch.equal(weight.grad, torch.zeros(8))
+
+
+def test_a_parameter_of_the_other_short_dtype_is_refused() -> None:
+    """The kernels are compiled for float32 and x's dtype."""
+    x, weight = torch.randn(2, 8, 4, 4).to(torch.float16), torch.ones(8, dtype=torch.bfloat16)
+    with simulate.backend("cuda", 80), pytest.raises(RuntimeError, match="weight must be float32 or of x's dtype"):
+        NORM_ACT["cuda"](x, 4, weight, None, None, None, None, 1e-5, 1, torch.empty_like(x), None, None)
 
 
 # ---- Bits ----
