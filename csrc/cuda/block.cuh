@@ -13,7 +13,7 @@ __device__ __forceinline__ int warps() { return blockDim.x / kWarp; }
 
 // Over teams of `lanes` neighbours, a power of two; every thread of a team gets the same bits.
 template <class N> __device__ __forceinline__ N team_sum(N value, int lanes) {
-  for (int apart = lanes / 2; apart > 0; apart /= 2) value += __shfl_xor_sync(kWholeWarp, value, apart);
+  for (int apart = lanes >> 1; apart > 0; apart >>= 1) value += __shfl_xor_sync(kWholeWarp, value, apart);
   return value;
 }
 template <class N> __device__ __forceinline__ N warp_sum(N value) {

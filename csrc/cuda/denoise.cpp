@@ -20,6 +20,7 @@ void denoise(Tensor x_t, Tensor model_output, std::optional<Tensor> unconditiona
   outputs.channels *= learned ? 2 : 1;
   const auto source_of = [&](const Tensor& tensor, const Image& shape, const char* name) {
     const Source source(tensor, name);
+    STD_TORCH_CHECK(source.type != ScalarType::Byte, name, " must be float32, float16 or bfloat16");
     check_shape(source.image, shape, name);
     return source;
   };
@@ -32,7 +33,7 @@ void denoise(Tensor x_t, Tensor model_output, std::optional<Tensor> unconditiona
   const Source output = source_of(model_output, outputs, "model_output");
   layout.output = view_of(output, image);
   a.output = output.data;
-  if (learned) a.variance = output.from_channel(image.channels).data;
+  a.variance = learned ? output.from_channel(image.channels).data : output.data;
   if (unconditional) {
     const Source source = source_of(*unconditional, outputs, "unconditional");
     layout.unconditional = view_of(source, image);
@@ -60,6 +61,7 @@ void denoise(Tensor x_t, Tensor model_output, std::optional<Tensor> unconditiona
                     "threshold must be a contiguous float32 tensor of ", samples, " elements");
     a.threshold = static_cast<const float*>(threshold->const_data_ptr());
   }
+  STD_TORCH_CHECK(!noise || !seed, "noise is given or drawn from a seed, not both");
   if (seed) a.draw = draw_of(*seed, sample_ids, index, samples);
   layout.stream = static_cast<uint32_t>(stream);
   a.out = static_cast<float*>(twin_data(out, image, ScalarType::Float, "out"));

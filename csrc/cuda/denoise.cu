@@ -17,19 +17,22 @@ __global__ void __launch_bounds__(kThreads, kTiled || kGeneral ? 2 : 3)
 denoise_kernel(const float* x_t, const void* output, const void* variance, const void* unconditional,
                const void* noise, const float* coefficients, const int64_t* index, const float* threshold,
                const int64_t* seed, const int64_t* sample_ids, float* out, float* x0_out, DenoiseLayout layout) {
+  const bool guided = unconditional != nullptr;
+  // Noise is either given or drawn; and with channels last an output of twice the channels is not a plain one.
+  const bool given = !kTiled && noise != nullptr, learned = (kGeneral || !kTiled) && layout.variance != kFixed;
   extern __shared__ __align__(16) float tile[];
 #pragma unroll 1
   for (int64_t n = blockIdx.y; n < layout.target.samples; n += gridDim.y) {
     const float* const c = coefficients + 8 * row_of(index[n * layout.index_stride], layout.rows);
     const StepRow row = {c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]};
     const F bound = {threshold == nullptr ? 0.0f : threshold[n]};
-    const bool draws = seed != nullptr && row.sigma != 0.0f;
+    const bool draws = (kTiled || seed != nullptr) && row.sigma != 0.0f;
     NoiseKey key{};
     if (draws) key = noise_key({seed, sample_ids, index}, layout, layout.index_stride, n);
     const PlainReader<kFloat32> states(x_t, layout.x_t, n);
     const Reader<kGeneral, kType> outputs(output, layout.output, n), variances(variance, layout.output, n),
         others(unconditional, layout.unconditional, n);
-    const Reader<kGeneral, kFloat32> given(noise, layout.noise, n);
+    const Reader<kGeneral, kFloat32> noises(noise, layout.noise, n);
     const int64_t sample = n * layout.target.sample_stride;
 
     walk<V, kTiled>(tile, layout, draws, key, [&](int64_t e, int count, const auto& draw) {
@@ -39,30 +42,28 @@ denoise_kernel(const float* x_t, const void* output, const void* variance, const
       if (draws) draw(z);
       states.widen(x, x_raw);
       outputs.widen(mean, output_raw);
-      if (others) {
+      if (guided) {
         F u[V];
         others.widen(u, others.template read<V>(e, count));
 #pragma unroll
         for (int j = 0; j < V; ++j) mean[j] = guide(mean[j], u[j], row);
       }
-      if (given) given.widen(z, given.template read<V>(e, count));
-      if (variances) variances.widen(sigma, variances.template read<V>(e, count));
+      if (given) noises.widen(z, noises.template read<V>(e, count));
+      if (learned) variances.widen(sigma, variances.template read<V>(e, count));
       // From here on nothing is read: out may be x_t.
-      if (layout.prediction != kXPrev || x0_out != nullptr) {
-        F x0[V];
+      F x0[V];
 #pragma unroll
-        for (int j = 0; j < V; ++j) {
-          x0[j] = predict_x0(x[j], mean[j], row, layout.prediction);
-          if (layout.clip) x0[j] = clamp(x0[j], splat(layout.clip_low), splat(layout.clip_high));
-          if (threshold != nullptr) x0[j] = clamp(x0[j], splat(-bound.v), bound) / bound;
-          if (layout.prediction != kXPrev) mean[j] = splat(row.mean_from_x0) * x0[j] + splat(row.mean_from_x) * x[j];
-        }
-        if (x0_out != nullptr) write(x0_out + sample + e, x0, count, layout.vector);
+      for (int j = 0; j < V; ++j) {
+        x0[j] = predict_x0(x[j], mean[j], row, layout.prediction);
+        if (layout.clip) x0[j] = clamp(x0[j], splat(layout.clip_low), splat(layout.clip_high));
+        if (threshold != nullptr) x0[j] = clamp(x0[j], splat(-bound.v), bound) / bound;
+        if (layout.prediction != kXPrev) mean[j] = splat(row.mean_from_x0) * x0[j] + splat(row.mean_from_x) * x[j];
       }
+      if (x0_out != nullptr) write(x0_out + sample + e, x0, count, layout.vector);
       if (draws || given) {
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-          sigma[j] = variances ? learned_sigma(sigma[j], row, layout.variance) : splat(row.sigma);
+          sigma[j] = learned ? learned_sigma(sigma[j], row, layout.variance) : splat(row.sigma);
           mean[j] = mean[j] + sigma[j] * z[j];
         }
       }

@@ -59,7 +59,7 @@ struct DenoiseLayout {
 struct DenoiseArguments {
   DenoiseLayout layout;
   const float* x_t;
-  const void *output, *variance;  // variance: the output's second half of the channels, or null
+  const void *output, *variance;  // variance: the output's second half of the channels where it is learned
   const void *unconditional, *noise;
   const float* coefficients;  // (rows, 8): a StepRow each
   const int64_t* index;

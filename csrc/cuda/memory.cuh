@@ -62,20 +62,18 @@ template <Type kType, int V> DDPM_FAST_INLINE F widened(const Raw<V>& raw, int j
   }
 }
 
-// The elements of one sample of a tensor that lies in the target's order, its dtype known to the compiler.
+// The elements of one sample of a tensor that lies in the target's order, its dtype known to the compiler. A tensor that
+// is not there has samples at a stride of 0.
 template <Type kType> struct PlainReader {
   static constexpr int kSize = size_of(kType);
   const char* data;
   bool vector;
 
   DDPM_FAST_INLINE PlainReader(const void* tensor, const View& view, int64_t sample)
-      : data(static_cast<const char*>(tensor)), vector(view.vector) {
-    if (data != nullptr) data += sample * view.sample_stride * kSize;
-  }
-  DDPM_FAST_INLINE explicit operator bool() const { return data != nullptr; }
-  DDPM_FAST_INLINE Type type() const { return kType; }
+      : data(static_cast<const char*>(tensor) + sample * view.sample_stride * kSize), vector(view.vector) {}
+  DDPM_FAST_INLINE bool is_bytes() const { return kType == kUint8; }
 
-  // Elements e .. e + count - 1.
+  // Elements e .. e + count - 1; count is at least 1, here and below.
   template <int V> DDPM_FAST_INLINE Raw<V> read(int64_t e, int count) const {
     Raw<V> raw{};
     if (vector && count == V) {
@@ -83,7 +81,7 @@ template <Type kType> struct PlainReader {
     } else {
 #pragma unroll
       for (int j = 0; j < V; ++j)
-        if (j < count) load_single<kSize>(raw, j, data, e + j);
+        if (j == 0 || j < count) load_single<kSize>(raw, j, data, e + j);
     }
     return raw;
   }
@@ -93,39 +91,34 @@ template <Type kType> struct PlainReader {
   }
 };
 
-// The same for any dtype and order.
-struct GeneralReader {
+// The same for any order and floating-point dtype; kBytes: for bytes too.
+template <bool kBytes> struct GeneralReader {
   const char* data;
   const View& view;
 
   DDPM_FAST_INLINE GeneralReader(const void* tensor, const View& view_, int64_t sample)
-      : data(static_cast<const char*>(tensor)), view(view_) {
-    if (data != nullptr) data += sample * view.sample_stride * size_of(view.type);
+      : view(view_) {
+    const int size = view.type == kFloat32 ? 4 : is_bytes() ? 1 : 2;
+    data = static_cast<const char*>(tensor) + sample * view.sample_stride * size;
   }
-  DDPM_FAST_INLINE explicit operator bool() const { return data != nullptr; }
-  DDPM_FAST_INLINE Type type() const { return view.type; }
+  DDPM_FAST_INLINE bool is_bytes() const { return kBytes && view.type == kUint8; }
 
   template <int V> DDPM_FAST_INLINE Raw<V> read(int64_t e, int count) const {
     Raw<V> raw{};
     if (view.vector && count == V) {
-      switch (view.type) {
-        case kFloat32: load_words<4 * V>(raw.word, data + 4 * e); break;
-        case kUint8: load_words<V>(raw.word, data + e); break;
-        default: load_words<2 * V>(raw.word, data + 2 * e);
-      }
+      if (view.type == kFloat32) load_words<4 * V>(raw.word, data + 4 * e);
+      else if (is_bytes()) load_words<V>(raw.word, data + e);
+      else load_words<2 * V>(raw.word, data + 2 * e);
       return raw;
     }
-    const int64_t outer = ((e | view.inner) >> 32) == 0 ? static_cast<uint32_t>(e) / static_cast<uint32_t>(view.inner)
-                                                        : e / view.inner;
+    const int64_t outer = e / view.inner;  // nvcc divides in 32 bits where these hold both
     int64_t inner = e - outer * view.inner, at = outer * view.outer_stride + inner * view.inner_stride;
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      if (j >= count) break;
-      switch (view.type) {
-        case kFloat32: load_single<4>(raw, j, data, at); break;
-        case kUint8: load_single<1>(raw, j, data, at); break;
-        default: load_single<2>(raw, j, data, at);
-      }
+      if (j > 0 && j >= count) break;
+      if (view.type == kFloat32) load_single<4>(raw, j, data, at);
+      else if (is_bytes()) load_single<1>(raw, j, data, at);
+      else load_single<2>(raw, j, data, at);
       at += view.inner_stride;
       if (++inner == view.inner) {
         inner = 0;
@@ -137,12 +130,10 @@ struct GeneralReader {
   template <int V> DDPM_FAST_INLINE void widen(F (&out)[V], const Raw<V>& raw) const {
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      switch (view.type) {
-        case kFloat32: out[j] = widened<kFloat32>(raw, j); break;
-        case kFloat16: out[j] = widened<kFloat16>(raw, j); break;
-        case kBFloat16: out[j] = widened<kBFloat16>(raw, j); break;
-        default: out[j] = widened<kUint8>(raw, j);
-      }
+      if (view.type == kFloat32) out[j] = widened<kFloat32>(raw, j);
+      else if (is_bytes()) out[j] = widened<kUint8>(raw, j);
+      else if (view.type == kFloat16) out[j] = widened<kFloat16>(raw, j);
+      else out[j] = widened<kBFloat16>(raw, j);
     }
   }
 };
@@ -151,8 +142,8 @@ template <class T> constexpr Type kTypeOf = kFloat32;
 template <> constexpr Type kTypeOf<__half> = kFloat16;
 template <> constexpr Type kTypeOf<__nv_bfloat16> = kBFloat16;
 
-template <bool kGeneral, Type kType>
-using Reader = std::conditional_t<kGeneral, GeneralReader, PlainReader<kType>>;
+template <bool kGeneral, Type kType, bool kBytes = false>
+using Reader = std::conditional_t<kGeneral, GeneralReader<kBytes>, PlainReader<kType>>;
 
 // A row of a table with so many. There is nothing to write for one that does not exist, and reading past the end would
 // go unnoticed: the launch fails, as torch's own indexing does.
@@ -178,7 +169,7 @@ template <class T, int V> DDPM_FAST_INLINE void write(T* to, const F (&values)[V
   }
 #pragma unroll
   for (int j = 0; j < V; ++j) {
-    if (j < count) to[j] = narrow<T>(values[j].v);
+    if (j == 0 || j < count) to[j] = narrow<T>(values[j].v);
   }
 }
 

@@ -31,29 +31,28 @@ DDPM_FAST_INLINE void normal4(F* z, uint32_t block, const NoiseKey& noise) {
 }
 
 struct Tile {
-  int64_t first_pixel, first_channel;
-  int pixels, channels;
-  int pitch;  // element (c, p) of the tile has its noise at p * pitch + c
+  uint64_t first_pixel, first_channel;
+  unsigned pixels, channels;
+  unsigned pitch;  // element (c, p) of the tile has its noise at p * pitch + c
 };
 
-// A power of two: how many neighbouring channels neighbouring threads take, so that what a warp writes at once goes to
-// 32 different banks. With g = gcd(pitch, 32) the pitch times four pixels, the four pixels and the g channels reach
-// them all.
-DDPM_FAST_INLINE int channels_at_once(int pitch) { return 1 << ::min(__ffs(pitch) - 1, 5); }
+// The logarithm of how many neighbouring channels neighbouring threads take, a power of two, so that what a warp writes at
+// once goes to 32 different banks. With g = gcd(pitch, 32) the pitch times four pixels, the four pixels and the g channels
+// reach them all.
+DDPM_FAST_INLINE int log_of_side(unsigned pitch) { return ::min(__ffs(pitch) - 1, 5); }
 
-static __device__ void fill_tile(float* tile, const Tile& at, int64_t pixels, const NoiseKey& noise) {
-  const int side = channels_at_once(at.pitch);
+static __device__ void fill_tile(float* tile, const Tile& at, uint64_t pixels, const NoiseKey& noise) {
+  const int shift = log_of_side(at.pitch);
+  const unsigned side = 1u << shift;
   // Blocks of four that a run of so many pixels touches, in the channel where it is aligned worst.
-  const int blocks = (at.pixels + (pixels % 4 == 0 ? 3 : 6)) / 4, row = blocks * side;
-  const int tasks = (at.channels + side - 1) / side * row;
-  const int turn = threadIdx.x % 32 / ::max(side, 8);
+  const unsigned blocks = (at.pixels + (pixels % 4 == 0 ? 3 : 6)) / 4, row = blocks << shift;
+  const unsigned tasks = ((at.channels + side - 1) >> shift) * row;
+  const unsigned turn = threadIdx.x % 32 >> ::max(shift, 3);
 #pragma unroll 1
-  for (int task = threadIdx.x; task < tasks; task += kThreads) {
-    const int channel = task / row * side + task % side, block = task % row / side;
-    if (channel >= at.channels) continue;
-    const int64_t first = (at.first_channel + channel) * pixels + at.first_pixel;
-    const int start = 4 * block - static_cast<int>(first % 4);  // the pixel of the block's first normal, counted in the tile
-    if (start >= at.pixels) continue;
+  for (unsigned task = threadIdx.x; task < tasks; task += kThreads) {
+    // Beyond the last channel there is room for these few, as the pitch is a multiple of them.
+    const unsigned channel = (task / row << shift) + task % side, block = task % row >> shift;
+    const uint64_t first = (at.first_channel + channel) * pixels + at.first_pixel;
     F z[4];
     normal4(z, static_cast<uint32_t>(first / 4) + block, noise);
     // Each eight lanes begin with another of the four.
@@ -65,10 +64,12 @@ static __device__ void fill_tile(float* tile, const Tile& at, int64_t pixels, co
       const F head = z[0], next = z[1];
       z[0] = z[2], z[1] = z[3], z[2] = head, z[3] = next;
     }
+    // The tile's pixel of the block's first normal. Those before the tile become too large, as those behind it are.
+    const unsigned start = 4 * block - static_cast<unsigned>(first % 4);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const int pixel = start + (j + turn) % 4;
-      if (pixel >= 0 && pixel < at.pixels) tile[pixel * at.pitch + channel] = z[j].v;
+      const unsigned pixel = start + (j + turn) % 4;
+      if (pixel < at.pixels) tile[pixel * at.pitch + channel] = z[j].v;
     }
   }
 }
@@ -77,38 +78,36 @@ static __device__ void fill_tile(float* tile, const Tile& at, int64_t pixels, co
 template <class Layout, class Body>
 DDPM_FAST_INLINE void walk_tiles(float* tile, const Layout& layout, bool draws, const NoiseKey& key,
                                  const Body& body) {
-  const int64_t all_channels = layout.target.channels, all_pixels = layout.target.pixels;
-  const int most_channels = layout.tile_channels, most_pixels = layout.tile_pixels;
+  const uint64_t all_channels = layout.target.channels, all_pixels = layout.target.pixels;
+  const unsigned most_channels = layout.tile_channels, most_pixels = layout.tile_pixels;
+  // Whole pixels are one run of memory; otherwise each pixel's channels are, in tiles of kTileChannels.
+  const bool whole = most_channels == all_channels;
 #pragma unroll 1
-  for (int64_t c = static_cast<int64_t>(blockIdx.z) * most_channels; c < all_channels;
-       c += static_cast<int64_t>(gridDim.z) * most_channels) {
-    const int channels = static_cast<int>(::min(static_cast<int64_t>(most_channels), all_channels - c));
+  for (uint64_t c = uint64_t{blockIdx.z} * most_channels; c < all_channels; c += uint64_t{gridDim.z} * most_channels) {
+    const unsigned channels = static_cast<unsigned>(::min(uint64_t{most_channels}, all_channels - c));
 #pragma unroll 1
-    for (int64_t p = static_cast<int64_t>(blockIdx.x) * most_pixels; p < all_pixels;
-         p += static_cast<int64_t>(gridDim.x) * most_pixels) {
-      const int pixels = static_cast<int>(::min(static_cast<int64_t>(most_pixels), all_pixels - p));
+    for (uint64_t p = uint64_t{blockIdx.x} * most_pixels; p < all_pixels; p += uint64_t{gridDim.x} * most_pixels) {
+      const unsigned pixels = static_cast<unsigned>(::min(uint64_t{most_pixels}, all_pixels - p));
       if (draws) {
         __syncthreads();  // the last tile has been read
         fill_tile(tile, {p, c, pixels, channels, most_channels}, all_pixels, key);
         __syncthreads();
       }
-      // Whole pixels are one run of memory; otherwise each pixel's channels are.
-      const bool whole = most_channels == all_channels;
-      const int runs = whole ? 1 : pixels, length = whole ? pixels * channels : channels;
-      const int pitch = whole ? (length + 3) / 4 * 4 : most_channels;
+      const unsigned length = whole ? pixels * channels : channels;
 #pragma unroll 1
-      for (int i = threadIdx.x * 4; i < runs * pitch; i += kThreads * 4) {
-        const int run = whole ? 0 : i / pitch;
-        const int count = ::min(4, length - (i - run * pitch));
-        if (count <= 0) continue;
-        body((p + run) * all_channels + c + (i - run * pitch), count, [&](F (&z)[4]) {
+      for (unsigned i = threadIdx.x * 4; i < pixels * most_channels; i += kThreads * 4) {
+        const unsigned run = whole ? 0 : i / kTileChannels, at = whole ? i : i % kTileChannels;
+        if (at >= length) continue;
+        const unsigned count = ::min(4u, length - at);
+        body((p + run) * all_channels + c + at, count, [&](F (&z)[4]) {
           if (count == 4) {
             const float4 values = *reinterpret_cast<const float4*>(tile + i);
             z[0].v = values.x, z[1].v = values.y, z[2].v = values.z, z[3].v = values.w;
             return;
           }
 #pragma unroll
-          for (int j = 0; j < 4; ++j) z[j].v = j < count ? tile[i + j] : 0.0f;
+          for (int j = 0; j < 4; ++j)
+            if (j == 0 || j < count) z[j].v = tile[i + j];
         });
       }
     }

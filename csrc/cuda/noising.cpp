@@ -14,6 +14,8 @@ NoisingArguments common(const Tensor& x0, const Tensor& t, const Tensor& coeffic
                         const Image& image) {
   const Source source(x0, "x0");
   check_shape(source.image, image, "x0");
+  STD_TORCH_CHECK(source.type != ScalarType::Byte || out.scalar_type() == ScalarType::Float,
+                  "out must be float32 where x0 is uint8");
   const PerSample rows = per_sample(t, image.samples, "t");
   NoisingArguments a{};
   a.layout.target = target_of(image);
@@ -40,6 +42,7 @@ void noising(Tensor x0, Tensor t, Tensor coefficients, Tensor noise, Tensor out)
   const Image image = dense_image_of(out, "out");
   NoisingArguments a = common(x0, t, coefficients, out, image);
   const Source source(noise, "noise");
+  STD_TORCH_CHECK(source.type != ScalarType::Byte, "noise must be float32, float16 or bfloat16");
   check_shape(source.image, image, "noise");
   a.noise = source.data;
   a.layout.noise = view_of(source, image);

@@ -6,21 +6,22 @@
 namespace ddpm_fast {
 namespace cuda {
 
-// kTiled: the noise is drawn for a channels_last image. kGeneral: x0 or the noise has another order or dtype than out.
+// kTiled: the noise is drawn, for a channels_last image. kGeneral: x0 or the noise has another order or dtype than out.
 template <class T, bool kTiled, bool kGeneral>
 __global__ void __launch_bounds__(kThreads, kGeneral ? 2 : 3)
 noising_kernel(const void* x0, const void* noise, const float* coefficients, const int64_t* t, const int64_t* seed,
                const int64_t* sample_ids, const int64_t* step, T* out, T* noise_out, NoisingLayout layout) {
   constexpr int V = kTiled ? 4 : 16 / sizeof(T);
   extern __shared__ __align__(16) float tile[];
-  const bool draws = seed != nullptr;
+  const bool draws = kTiled || seed != nullptr;
 #pragma unroll 1
   for (int64_t n = blockIdx.y; n < layout.target.samples; n += gridDim.y) {
     const int64_t row = row_of(t[n * layout.t_stride], layout.rows);
     const F signal = {coefficients[2 * row]}, sigma = {coefficients[2 * row + 1]};
     NoiseKey key{};
     if (draws) key = noise_key({seed, sample_ids, step}, layout, layout.step_stride, n);
-    const Reader<kGeneral, kTypeOf<T>> images(x0, layout.x0, n), given(noise, layout.noise, n);
+    const Reader<kGeneral, kTypeOf<T>, kTypeOf<T> == kFloat32> images(x0, layout.x0, n);  // bytes become float32
+    const Reader<kGeneral, kTypeOf<T>> given(noise, layout.noise, n);
     const int64_t sample = n * layout.target.sample_stride;
 
     walk<V, kTiled>(tile, layout, draws, key, [&](int64_t e, int count, const auto& draw) {
@@ -38,7 +39,7 @@ noising_kernel(const void* x0, const void* noise, const float* coefficients, con
       images.widen(x, image);
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        if (images.type() == kUint8) x[j] = x[j] / splat(127.5f) - splat(1.0f);
+        if (images.is_bytes()) x[j] = x[j] / splat(127.5f) - splat(1.0f);
         x[j] = signal * x[j] + sigma * z[j];
       }
       write(out + sample + e, x, count, layout.vector);

@@ -37,14 +37,16 @@ __device__ __forceinline__ float gradient_of_x(float grad_out, float x, const fl
   return fmaf(gradient_of_z(grad_out, difference, k, activation), k.z, fmaf(difference, line.x, line.y));
 }
 
+template <class T>
 __device__ __forceinline__ double weight_of(const Parameters& given, const NormActOp& op, int channel) {
-  return given.weight ? static_cast<double>(parameter(given.weight, op.weight, 0, channel)) : 1.0;
+  return given.weight ? static_cast<double>(parameter<T>(given.weight, op.weight, 0, channel)) : 1.0;
 }
 
 // What a channel's sums add to Along, before the division by the group's size.
+template <class T>
 __device__ __forceinline__ double2 along_of(const Parameters& given, const NormActOp& op, int64_t sample, int channel,
                                             const ChannelSums& sums, const double2& statistics) {
-  const double factor = weight_of(given, op, channel) * one_plus_scale(given, op, sample, channel);
+  const double factor = weight_of<T>(given, op, channel) * one_plus_scale<T>(given, op, sample, channel);
   return make_double2(factor * sums.gradient, factor * xhat_product(sums, statistics.x, statistics.y));
 }
 
@@ -72,10 +74,10 @@ __device__ __forceinline__ Pieces pieces_of(const NormActOp& op, bool channels_l
   }
   // The tiles that follow the first begin with the channel.
   const int group = channel / op.width, c = channel - group * op.width;
-  const int64_t begin = static_cast<int64_t>(c) * op.pixels, part = begin / op.step;
+  const int64_t begin = static_cast<int64_t>(c) * op.pixels, part = op.by_step(begin);
   const int64_t tile = ((sample * op.groups + group) * op.parts + part) * op.slots;
-  return {tile + c - part * op.step / op.pixels, tile + op.slots, op.slots,
-          static_cast<int>((begin + op.pixels - 1) / op.step - part + 1)};
+  return {tile + c - op.long_by_pixels(part * op.step), tile + op.slots, op.slots,
+          static_cast<int>(op.by_step(begin + op.pixels - 1) - part + 1)};
 }
 
 }  // namespace cuda

@@ -35,7 +35,7 @@ __device__ __forceinline__ Sums span_sums(int channel, int span, const FirstTile
   constexpr int V = kWidth<T>;
   const int begin = max(channel * op.pixels - tile.pixel, 0);
   const int end = min((channel + 1) * op.pixels - tile.pixel, tile.count);
-  const int first = begin / V + span * op.span, last = min(first + op.span, (end + V - 1) / V);
+  const int first = full_vectors_of<T>(begin) + span * op.span, last = min(first + op.span, vectors_of<T>(end));
   Sums sums = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 1
   for (int i = first + lane() % op.lanes; i < last; i += op.lanes) {
@@ -72,16 +72,15 @@ __global__ void __launch_bounds__(kMostThreads, 3)
   constexpr int V = kWidth<T>;
   const Parameters given{weight, bias, scale, shift, embedding};
   const FirstTile tile = first_tile<T>(op, blockIdx.x);
-  const int most = (op.step + V - 1) / V;
+  const int most = vectors_of<T>(op.step);
   uint4 *const kept_grad = shared, *const kept_x = shared + most;
   float4* const coefficient = reinterpret_cast<float4*>(kept_x + most);
   Sums* const of_spans = coefficient + op.slots;
-  const int64_t unit = tile.sample * op.groups + tile.group;
-  const double2 statistics = make_double2(mean[unit], rstd[unit]);
+  const double2 statistics = make_double2(mean[tile.unit], rstd[tile.unit]);
   const int first_channel = tile.group * op.width + tile.channel, tid = threadIdx.x, threads = blockDim.x;
 #pragma unroll 1
   for (int c = tid; c < tile.channels; c += threads)
-    coefficient[c] = coefficients(given, op, tile.sample, first_channel + c, statistics.x, statistics.y);
+    coefficient[c] = coefficients<T>(given, op, tile.sample, first_channel + c, statistics.x, statistics.y);
   const Images<T> images = tile_of(grad_out, x, grad_x, tile, op);
   const int whole = whole_vectors<T>(tile, is_aligned(images.grad_out) && is_aligned(images.x));
   for_vectors<2>(
@@ -91,7 +90,7 @@ __global__ void __launch_bounds__(kMostThreads, 3)
         const int count = tile.count - i * V;
         return Vectors{load(images.grad_out + i * V, count), load(images.x + i * V, count)};
       },
-      [&](int i, const Vectors& v) {
+      [&](int i, const Vectors& v, bool) {
         kept_grad[i] = v.grad;
         kept_x[i] = v.x;
       });
@@ -118,7 +117,7 @@ __global__ void __launch_bounds__(kMostThreads, 3)
 #pragma unroll 1
     for (int i = 1; i < op.spans; ++i) sum = sum + of_spans[c * op.spans + i];
     sums[static_cast<int64_t>(blockIdx.x) * op.slots + c] = sum;
-    const double2 more = along_of(given, op, tile.sample, first_channel + c, widened(sum), statistics);
+    const double2 more = along_of<T>(given, op, tile.sample, first_channel + c, widened(sum), statistics);
     part.x += more.x;
     part.y += more.y;
   }
@@ -130,16 +129,14 @@ __global__ void __launch_bounds__(kMostThreads, 3)
     if (tid == 0) own = part;
     cluster_arrive();
     cluster_wait();
-    const int rank = lane() < op.parts ? lane() : 0;
-    const double2 other = *in_block(&own, rank);
-    part.x = warp_sum(lane() < op.parts ? other.x : 0.0);
-    part.y = warp_sum(lane() < op.parts ? other.y : 0.0);
+    part = lane() < op.parts ? *in_block(&own, lane()) : make_double2(0, 0);
+    part = make_double2(warp_sum(part.x), warp_sum(part.y));
     cluster_arrive();
   }
   if (tid == 0) {
     const double size = static_cast<double>(op.group_size);
     const double2 means = make_double2(part.x / size, part.y / size);
-    if (tile.part == 0) along[unit] = means;
+    if (tile.part == 0) along[tile.unit] = means;
     line = line_of(statistics, means);
   }
   __syncthreads();
@@ -164,13 +161,12 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   const Parameters given{weight, bias, scale, shift, embedding};
   const FirstTile tile = first_tile<T>(op, blockIdx.x);
   float4* const coefficient = reinterpret_cast<float4*>(shared);
-  const int64_t unit = tile.sample * op.groups + tile.group;
-  const double2 statistics = make_double2(mean[unit], rstd[unit]);
+  const double2 statistics = make_double2(mean[tile.unit], rstd[tile.unit]);
 #pragma unroll 1
   for (int c = threadIdx.x; c < tile.channels; c += blockDim.x)
-    coefficient[c] = coefficients(given, op, tile.sample, tile.group * op.width + tile.channel + c, statistics.x,
+    coefficient[c] = coefficients<T>(given, op, tile.sample, tile.group * op.width + tile.channel + c, statistics.x,
                                   statistics.y);
-  const float2 line = line_of(statistics, along[unit]);
+  const float2 line = line_of(statistics, along[tile.unit]);
   __syncthreads();
   const Images<T> images = tile_of(grad_out, x, grad_x, tile, op);
   const int whole = whole_vectors<T>(tile, is_aligned(images.grad_out) && is_aligned(images.x));
@@ -182,9 +178,9 @@ __global__ void __launch_bounds__(kMostThreads, 2)
         const int count = tile.count - i * V;
         return Vectors{load(images.grad_out + i * V, count), load(images.x + i * V, count)};
       },
-      [&](int i, const Vectors& v) {
+      [&](int i, const Vectors& v, bool whole) {
         store(images.grad_x + i * V, gradient_vector<T>(v, i, tile, op, coefficient, line), aligned,
-              tile.count - i * V);
+              whole ? V : tile.count - i * V);
       });
 }
 

@@ -49,7 +49,7 @@ __device__ __forceinline__ void own_lines(const LastTile& tile, const NormActOp&
                                           float2 (&own)[kWidth<T>]) {
 #pragma unroll
   for (int k = 0; k < kWidth<T>; ++k)
-    own[k] = of_group[tile.group_of(op, min(tile.column * kWidth<T> + k, tile.channels - 1))];
+    own[k] = of_group[op.by_width(own_channel<T>(tile, k))];
 }
 
 // LastShared with both vectors of a place kept, grad_out's after x's.
@@ -63,8 +63,8 @@ __global__ void __launch_bounds__(kMostThreadsBackwardLast, 3)
   const Parameters given{weight, bias, scale, shift, embedding};
   const LastTile tile = last_tile<T>(op, blockIdx.x);
   const LastShared<T> shared(memory, op, 2);
-  uint4* const kept_grad = shared.kept + op.step * ((op.piece + V - 1) / V);
-  const int64_t first_group = tile.sample * op.groups + static_cast<int64_t>(tile.slab) * op.slab;
+  uint4* const kept_grad = shared.kept + op.step * vectors_of<T>(op.piece);
+  const int64_t first_group = static_cast<int64_t>(tile.sample) * op.groups + tile.slab * op.slab;
 #pragma unroll 1
   for (int g = threadIdx.x; g < tile.groups; g += blockDim.x)
     shared.statistics[g] = make_double2(mean[first_group + g], rstd[first_group + g]);
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kMostThreadsBackwardLast, 3)
   for_vectors(
       first, whole_pixels(images, tile, op), tile.pixels, tile.rows, [&](int p) { return load_pixel(images, p, op); },
       [&](int p) { return load_pixel(images, p, op, tile.valid); },
-      [&](int p, const Vectors& v) {
+      [&](int p, const Vectors& v, bool) {
         kept_grad[p * tile.columns + tile.column] = v.grad;
         shared.kept[p * tile.columns + tile.column] = v.x;
       });
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kMostThreadsBackwardLast, 3)
 #pragma unroll 1
     for (int c = g * op.width + lane(); c < (g + 1) * op.width; c += kWarp) {
       const double2 more =
-          along_of(given, op, tile.sample, tile.channel + c, widened(to[c]), shared.statistics[g]);
+          along_of<T>(given, op, tile.sample, tile.channel + c, widened(to[c]), shared.statistics[g]);
       part.x += more.x;
       part.y += more.y;
     }
@@ -126,14 +126,13 @@ __global__ void __launch_bounds__(kMostThreadsBackwardLast, 3)
     cluster_arrive();
     cluster_wait();
   }
-  __syncthreads();
+  // A unit of one part is read by the thread that wrote it.
 #pragma unroll 1
   for (int g = warp(); g < tile.groups; g += warps()) {
-    const int rank = lane() < op.parts ? lane() : 0;
-    const double2 part = cluster ? *in_block(&shared.of_group[g], rank) : shared.of_group[g];
+    double2 part = make_double2(0, 0);
+    if (lane() < op.parts) part = cluster ? *in_block(&shared.of_group[g], lane()) : shared.of_group[g];
     const double size = static_cast<double>(op.group_size);
-    const double2 means = make_double2(warp_sum(lane() < op.parts ? part.x : 0.0) / size,
-                                       warp_sum(lane() < op.parts ? part.y : 0.0) / size);
+    const double2 means = make_double2(warp_sum(part.x) / size, warp_sum(part.y) / size);
     if (lane() == 0) {
       if (tile.part == 0) along[first_group + g] = means;
       shared.lines[g] = line_of(shared.statistics[g], means);
@@ -168,7 +167,7 @@ __global__ void __launch_bounds__(kMostThreadsBackwardLast, 3)
   const Parameters given{weight, bias, scale, shift, embedding};
   const LastTile tile = last_tile<T>(op, blockIdx.x);
   const LastShared<T> shared(memory, op, 0);
-  const int64_t first_group = tile.sample * op.groups + static_cast<int64_t>(tile.slab) * op.slab;
+  const int64_t first_group = static_cast<int64_t>(tile.sample) * op.groups + tile.slab * op.slab;
 #pragma unroll 1
   for (int g = threadIdx.x; g < tile.groups; g += blockDim.x) {
     shared.statistics[g] = make_double2(mean[first_group + g], rstd[first_group + g]);
@@ -188,9 +187,9 @@ __global__ void __launch_bounds__(kMostThreadsBackwardLast, 3)
       tile.row, whole_pixels(images, tile, op), tile.pixels, tile.rows,
       [&](int p) { return load_pixel(images, p, op); },
       [&](int p) { return load_pixel(images, p, op, tile.valid); },
-      [&](int p, const Vectors& v) {
+      [&](int p, const Vectors& v, bool whole) {
         store(images.grad_x + static_cast<int64_t>(p) * op.channels, gradient_vector<T>(v, own, line, op), aligned,
-              tile.valid);
+              whole ? V : tile.valid);
       });
 }
 

@@ -11,7 +11,7 @@ __device__ __forceinline__ double part_size(const NormActOp& op, bool channels_l
   if (!channels_last)
     return static_cast<double>(min(static_cast<int64_t>(op.step), op.group_size - i * int64_t{op.step}));
   const int chunk = i / op.cuts, cut = i - chunk * op.cuts;
-  const int channels = op.cuts > 1 ? min(op.piece, op.width - cut * op.piece) : op.width;
+  const int channels = min(op.piece, op.width - cut * op.piece);
   return static_cast<double>(channels) * min(op.step, op.pixels - chunk * op.step);
 }
 

@@ -18,14 +18,16 @@ struct Parameters {
   const void *weight, *bias, *scale, *shift, *embedding;
 };
 
+// Of float32 or of x's type T, of any type where a kernel does not know x's.
+template <class T = void>
 __device__ __forceinline__ float parameter(const void* data, const ParameterLayout& layout, int64_t sample,
                                            int channel) {
   const int64_t at = sample * layout.row + channel * layout.column;
-  switch (layout.type) {
-    case kFloat16: return __half2float(static_cast<const __half*>(data)[at]);
-    case kBFloat16: return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[at]);
-    default: return static_cast<const float*>(data)[at];
-  }
+  if constexpr (std::is_void_v<T> || std::is_same_v<T, __half>)
+    if (layout.type == kFloat16) return __half2float(static_cast<const __half*>(data)[at]);
+  if constexpr (std::is_void_v<T> || std::is_same_v<T, __nv_bfloat16>)
+    if (layout.type == kBFloat16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[at]);
+  return static_cast<const float*>(data)[at];
 }
 
 // With v = x + embedding, z = (v - center) * factor + offset.
@@ -34,24 +36,27 @@ struct Coefficients {
 };
 static_assert(sizeof(Coefficients) == sizeof(float4));
 
+template <class T>
 __device__ __forceinline__ float embedding_of(const Parameters& given, const NormActOp& op, int64_t sample,
                                               int channel) {
-  return given.embedding ? parameter(given.embedding, op.embedding, sample, channel) : 0.0f;
+  return given.embedding ? parameter<T>(given.embedding, op.embedding, sample, channel) : 0.0f;
 }
 
+template <class T>
 __device__ __forceinline__ double one_plus_scale(const Parameters& given, const NormActOp& op, int64_t sample,
                                                  int channel) {
-  return given.scale ? 1.0 + static_cast<double>(parameter(given.scale, op.scale, sample, channel)) : 1.0;
+  return given.scale ? 1.0 + static_cast<double>(parameter<T>(given.scale, op.scale, sample, channel)) : 1.0;
 }
 
+template <class T>
 __device__ __forceinline__ float4 coefficients(const Parameters& given, const NormActOp& op, int64_t sample,
                                                int channel, double mean, double rstd) {
-  const double by_scale = one_plus_scale(given, op, sample, channel);
+  const double by_scale = one_plus_scale<T>(given, op, sample, channel);
   double factor = rstd * by_scale, offset = 0.0;
-  if (given.weight) factor *= static_cast<double>(parameter(given.weight, op.weight, sample, channel));
-  if (given.bias) offset = static_cast<double>(parameter(given.bias, op.bias, sample, channel)) * by_scale;
-  if (given.shift) offset += static_cast<double>(parameter(given.shift, op.shift, sample, channel));
-  return make_float4(embedding_of(given, op, sample, channel), static_cast<float>(mean),
+  if (given.weight) factor *= static_cast<double>(parameter<T>(given.weight, op.weight, 0, channel));
+  if (given.bias) offset = static_cast<double>(parameter<T>(given.bias, op.bias, 0, channel)) * by_scale;
+  if (given.shift) offset += static_cast<double>(parameter<T>(given.shift, op.shift, sample, channel));
+  return make_float4(embedding_of<T>(given, op, sample, channel), static_cast<float>(mean),
                      static_cast<float>(factor), static_cast<float>(offset - below_float(mean) * factor));
 }
 

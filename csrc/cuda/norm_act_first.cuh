@@ -8,21 +8,21 @@ namespace cuda {
 
 // Elements start .. start + count - 1 of a group; its vectors begin at multiples of kWidth from there.
 struct FirstTile {
-  int64_t sample, start;
-  int group, part, count, vectors;
+  int64_t start;
+  int sample, group, unit, part, count, vectors;
   int channel, channels, pixel;  // the channels of the group that it touches, and the first of its pixels in the first
 };
 
-template <class T> __device__ __forceinline__ FirstTile first_tile(const NormActOp& op, int64_t index) {
+template <class T> __device__ __forceinline__ FirstTile first_tile(const NormActOp& op, int index) {
   FirstTile tile;
-  const int64_t unit = index / op.parts;
-  tile.part = static_cast<int>(index - unit * op.parts);
-  tile.sample = unit / op.groups;
-  tile.group = static_cast<int>(unit - tile.sample * op.groups);
+  tile.unit = index / op.parts;
+  tile.part = index - tile.unit * op.parts;
+  tile.sample = tile.unit / op.groups;
+  tile.group = tile.unit - tile.sample * op.groups;
   tile.start = static_cast<int64_t>(tile.part) * op.step;
   tile.count = static_cast<int>(min(static_cast<int64_t>(op.step), op.group_size - tile.start));
-  tile.vectors = (tile.count + kWidth<T> - 1) / kWidth<T>;
-  tile.channel = static_cast<int>(tile.start / op.pixels);
+  tile.vectors = vectors_of<T>(tile.count);
+  tile.channel = static_cast<int>(op.long_by_pixels(tile.start));
   tile.pixel = static_cast<int>(tile.start - static_cast<int64_t>(tile.channel) * op.pixels);
   tile.channels = op.by_pixels(tile.pixel + tile.count - 1) + 1;
   return tile;
@@ -30,7 +30,7 @@ template <class T> __device__ __forceinline__ FirstTile first_tile(const NormAct
 
 // The vectors of a tile that one load reads, given the memory that they lie in.
 template <class T> __device__ __forceinline__ int whole_vectors(const FirstTile& tile, bool aligned) {
-  return aligned ? tile.count / kWidth<T> : 0;
+  return aligned ? full_vectors_of<T>(tile.count) : 0;
 }
 
 // Calls f(j, k) for each element j of vector i, k the tile's coefficients of its channel.
@@ -73,44 +73,39 @@ __device__ __forceinline__ double2 tile_moments(const T* x, const FirstTile& til
   __shared__ float of_warps[kWarp];
   __shared__ float2 two_of_warps[kWarp];
   const int tid = threadIdx.x, threads = blockDim.x;
-  const auto values = [&](const uint4& v, int i, float (&value)[V]) {
-    unpack<T>(v, value);
-    if (embedded)
-      for_channels<T>(i, tile, op, coefficient, [&](int j, const float4& k) { value[j] += k.x; });
-  };
-  const auto drop_beyond_end = [&](float (&value)[V], int i) {
-    if (tile.count - i * V >= V) return;
-#pragma unroll
-    for (int j = 0; j < V; ++j)
-      if (j >= tile.count - i * V) value[j] = 0.0f;
-  };
-
-  float sum = 0;
   for_vectors(
       tid, whole_vectors<T>(tile, is_aligned(x)), tile.vectors, threads, [&](int i) { return load(x + i * V); },
       [&](int i) { return load(x + i * V, tile.count - i * V); },
-      [&](int i, const uint4& v) {
-        kept[i] = v;
-        float value[V];
-        values(v, i, value);
-        drop_beyond_end(value, i);
-        sum += tree_sum(value);
-      });
+      [&](int i, const uint4& v, bool) { kept[i] = v; });
+  // Calls use(value) for the differences to `about` in each of this thread's vectors.
+  const auto for_values = [&](float about, const auto& use) {
+    const auto add = [&](int i, int count) {
+      float value[V];
+      unpack<T>(kept[i], value);
+      if (embedded)
+        for_channels<T>(i, tile, op, coefficient, [&](int j, const float4& k) { value[j] += k.x; });
+#pragma unroll
+      for (int j = 0; j < V; ++j) value[j] = j < count ? value[j] - about : 0.0f;
+      use(value);
+    };
+    int i = tid;
+#pragma unroll 2
+    for (; i < full_vectors_of<T>(tile.count); i += threads) add(i, V);
+    if (i < tile.vectors) add(i, tile.count - i * V);
+  };
+
+  float sum = 0;
+  for_values(0.0f, [&](const float (&value)[V]) { sum += tree_sum(value); });
   const float about = block_sum(sum, of_warps) / static_cast<float>(tile.count);
 
   float2 sums = make_float2(0.0f, 0.0f);  // of the differences to `about`, and of their squares
-#pragma unroll 2
-  for (int i = tid; i < tile.vectors; i += threads) {
-    float value[V], square[V];
-    values(kept[i], i, value);
-#pragma unroll
-    for (int j = 0; j < V; ++j) value[j] -= about;
-    drop_beyond_end(value, i);
+  for_values(about, [&](const float (&value)[V]) {
+    float square[V];
 #pragma unroll
     for (int j = 0; j < V; ++j) square[j] = value[j] * value[j];
     sums.x += tree_sum(value);
     sums.y += tree_sum(square);
-  }
+  });
   sums.x = warp_sum(sums.x);
   sums.y = warp_sum(sums.y);
   if (lane() == 0) two_of_warps[warp()] = sums;
@@ -134,13 +129,13 @@ __global__ void __launch_bounds__(kMostThreads, 3)
   const Parameters given{weight, bias, scale, shift, embedding};
   const FirstTile tile = first_tile<T>(op, blockIdx.x);
   uint4* const kept = shared;
-  float4* const coefficient = reinterpret_cast<float4*>(shared + (op.step + V - 1) / V);
+  float4* const coefficient = reinterpret_cast<float4*>(shared + vectors_of<T>(op.step));
   const int first_channel = tile.group * op.width + tile.channel;
   const int64_t at = tile.group * op.group_size + tile.start;
   if (embedding) {
 #pragma unroll 1
     for (int c = threadIdx.x; c < tile.channels; c += blockDim.x)
-      coefficient[c].x = embedding_of(given, op, tile.sample, first_channel + c);
+      coefficient[c].x = embedding_of<T>(given, op, tile.sample, first_channel + c);
     __syncthreads();
   }
   const T* const from = x + tile.sample * op.x_stride + at;
@@ -156,7 +151,6 @@ __global__ void __launch_bounds__(kMostThreads, 3)
     cluster_wait();
   }
   if (warp() == 0) {
-    __syncwarp();
     const double2 all = combine(
         op.parts, static_cast<double>(op.group_size), op.eps,
         [&](int i) { return cluster ? *in_block(&own, i) : own; },
@@ -165,16 +159,15 @@ __global__ void __launch_bounds__(kMostThreads, 3)
         });
     if (lane() == 0) {
       statistics = all;
-      const int64_t unit = tile.sample * op.groups + tile.group;
-      if (mean && tile.part == 0) mean[unit] = all.x;
-      if (rstd && tile.part == 0) rstd[unit] = all.y;
+      if (mean && tile.part == 0) mean[tile.unit] = all.x;
+      if (rstd && tile.part == 0) rstd[tile.unit] = all.y;
     }
   }
   if (cluster) cluster_arrive();
   __syncthreads();
 #pragma unroll 1
   for (int c = threadIdx.x; c < tile.channels; c += blockDim.x)
-    coefficient[c] = coefficients(given, op, tile.sample, first_channel + c, statistics.x, statistics.y);
+    coefficient[c] = coefficients<T>(given, op, tile.sample, first_channel + c, statistics.x, statistics.y);
   __syncthreads();
   T* const to = out + tile.sample * op.out_stride + at;
   const bool aligned = is_aligned(to);
@@ -194,11 +187,11 @@ __global__ void __launch_bounds__(kMostThreads, 3)
   const Parameters given{weight, bias, scale, shift, embedding};
   const FirstTile tile = first_tile<T>(op, blockIdx.x);
   float4* const coefficient = reinterpret_cast<float4*>(shared);
-  const int64_t unit = tile.sample * op.groups + tile.group, at = tile.group * op.group_size + tile.start;
+  const int64_t at = tile.group * op.group_size + tile.start;
 #pragma unroll 1
   for (int c = threadIdx.x; c < tile.channels; c += blockDim.x)
-    coefficient[c] = coefficients(given, op, tile.sample, tile.group * op.width + tile.channel + c, mean[unit],
-                                     rstd[unit]);
+    coefficient[c] = coefficients<T>(given, op, tile.sample, tile.group * op.width + tile.channel + c, mean[tile.unit],
+                                     rstd[tile.unit]);
   __syncthreads();
   const T* const from = x + tile.sample * op.x_stride + at;
   T* const to = out + tile.sample * op.out_stride + at;
@@ -206,8 +199,8 @@ __global__ void __launch_bounds__(kMostThreads, 3)
   for_vectors(
       threadIdx.x, whole_vectors<T>(tile, is_aligned(from)), tile.vectors, blockDim.x,
       [&](int i) { return load(from + i * V); }, [&](int i) { return load(from + i * V, tile.count - i * V); },
-      [&](int i, const uint4& v) {
-        store(to + i * V, normalised<T>(v, i, tile, op, coefficient), aligned, tile.count - i * V);
+      [&](int i, const uint4& v, bool whole) {
+        store(to + i * V, normalised<T>(v, i, tile, op, coefficient), aligned, whole ? V : tile.count - i * V);
       });
 }
 

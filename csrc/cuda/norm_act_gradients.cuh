@@ -14,8 +14,7 @@ static __global__ void __launch_bounds__(kMostThreads)
                               const NormActOp op) {
   __shared__ double of_warps[kWarp], more_of_warps[kWarp];
   const Parameters given{weight, nullptr, scale, nullptr, nullptr};
-  const int64_t unit = blockIdx.x, sample = unit / op.groups;
-  const int first = static_cast<int>(unit - sample * op.groups) * op.width;
+  const int unit = blockIdx.x, sample = unit / op.groups, first = (unit - sample * op.groups) * op.width;
   const double2 statistics = make_double2(mean[unit], rstd[unit]);
   double2 part = make_double2(0, 0);
 #pragma unroll 1
@@ -26,10 +25,10 @@ static __global__ void __launch_bounds__(kMostThreads)
     for (int i = lane(); i < pieces.count; i += kWarp) sums += widened(of_tiles[pieces.at(i)]);
     sums = {warp_sum(sums.gradient), warp_sum(sums.product), warp_sum(sums.difference)};
     if (lane() != 0) continue;
-    of_channels[sample * op.channels + c] =
+    of_channels[int64_t{sample} * op.channels + c] =
         make_float4(static_cast<float>(sums.gradient), static_cast<float>(sums.product),
                     static_cast<float>(sums.difference), 0.0f);
-    const double2 more = along_of(given, op, sample, c, sums, statistics);
+    const double2 more = along_of<void>(given, op, sample, c, sums, statistics);
     part.x += more.x;
     part.y += more.y;
   }
@@ -39,7 +38,6 @@ static __global__ void __launch_bounds__(kMostThreads)
 }
 
 constexpr int kRows = 16;  // samples that a block of norm_act_gradients works on at a time
-
 
 // Threads of a warp take channels side by side, its warps samples. whole: the sums are one a channel of a sample.
 static __global__ void __launch_bounds__(kWarp * kRows)
@@ -52,17 +50,17 @@ static __global__ void __launch_bounds__(kWarp * kRows)
   const int channel = blockIdx.x * kWarp + lane();
   double2 total = make_double2(0, 0);
   if (channel < op.channels) {
-    const double w = weight_of(given, op, channel);
+    const double w = weight_of<void>(given, op, channel);
     const double b = given.bias ? static_cast<double>(parameter(given.bias, op.bias, 0, channel)) : 0.0;
 #pragma unroll 1
     for (int64_t n = warp(); n < samples; n += kRows) {
       const int64_t at = n * op.channels + channel, group = n * op.groups + channel / op.width;
       const Pieces pieces = whole ? Pieces{at, 0, 0, 1} : pieces_of(op, channels_last, n, channel);
-      ChannelSums sum;
+      ChannelSums sum = widened(sums[pieces.first]);
 #pragma unroll 1
-      for (int i = 0; i < pieces.count; ++i) sum += widened(sums[pieces.at(i)]);
+      for (int i = 1; i < pieces.count; ++i) sum += widened(sums[pieces.at(i)]);
       const double product = xhat_product(sum, mean[group], rstd[group]);
-      const double by_scale = one_plus_scale(given, op, n, channel), pixels = op.pixels;
+      const double by_scale = one_plus_scale<void>(given, op, n, channel), pixels = op.pixels;
       total.x += by_scale * product;
       total.y += by_scale * sum.gradient;
       if (grad_scale) grad_scale[at] = static_cast<float>(w * product + b * sum.gradient);

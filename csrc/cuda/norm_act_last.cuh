@@ -9,34 +9,37 @@ namespace cuda {
 
 // A run of pixels of a run of channels. A thread works on one column of kWidth channels, in every `rows`-th pixel.
 struct LastTile {
-  int64_t sample;
-  int slab, part;
+  int sample, slab, part;
   int channel, channels, groups;  // the first channel, their number, and that of the groups that they belong to
   int pixel, pixels;
   int columns, rows;
   int column, row, valid;  // this thread's, and the channels of its column; none where it has no work
-  __device__ __forceinline__ int group_of(const NormActOp& op, int c) const { return op.cuts > 1 ? 0 : op.by_width(c); }
 };
 
-template <class T> __device__ __forceinline__ LastTile last_tile(const NormActOp& op, int64_t index) {
+template <class T> __device__ __forceinline__ LastTile last_tile(const NormActOp& op, int index) {
   constexpr int V = kWidth<T>;
   LastTile tile;
-  const int64_t unit = index / op.parts;
-  tile.part = static_cast<int>(index - unit * op.parts);
+  const int unit = index / op.parts;
+  tile.part = index - unit * op.parts;
   tile.sample = unit / op.slabs;
-  tile.slab = static_cast<int>(unit - tile.sample * op.slabs);
+  tile.slab = unit - tile.sample * op.slabs;
   const int chunk = tile.part / op.cuts, cut = tile.part - chunk * op.cuts;
   tile.groups = min(op.slab, op.groups - tile.slab * op.slab);
   tile.channel = tile.slab * op.slab * op.width + cut * op.piece;
   tile.channels = min(op.piece, tile.groups * op.width - cut * op.piece);
   tile.pixel = chunk * op.step;
   tile.pixels = min(op.step, op.pixels - tile.pixel);
-  tile.columns = (tile.channels + V - 1) / V;
+  tile.columns = vectors_of<T>(tile.channels);
   tile.rows = blockDim.x / tile.columns;
   tile.row = threadIdx.x / tile.columns;
   tile.column = threadIdx.x - tile.row * tile.columns;
   tile.valid = tile.row < tile.rows ? min(V, tile.channels - tile.column * V) : 0;
   return tile;
+}
+
+// The k-th channel of this thread's column, in the tile; the last one for what lies beyond, which is never used.
+template <class T> __device__ __forceinline__ int own_channel(const LastTile& tile, int k) {
+  return min(tile.column * kWidth<T> + k, tile.channels - 1);
 }
 
 // Whether this thread's vectors of all pixels are aligned, its first being at p.
@@ -60,7 +63,7 @@ template <class T> struct LastShared {
   float2* lines;        // of a group, in the backward pass
   float* of_channel;
   __device__ __forceinline__ LastShared(uint4* memory, const NormActOp& op, int images) {
-    const int columns = (op.piece + kWidth<T> - 1) / kWidth<T>;
+    const int columns = vectors_of<T>(op.piece);
     kept = memory;
     coefficient = reinterpret_cast<float4*>(kept + images * op.step * columns);
     of_threads = coefficient + columns * kWidth<T>;
@@ -83,13 +86,15 @@ __device__ __forceinline__ void sum_rows(const float (&value)[kWidth<T>], const 
   __syncthreads();
 #pragma unroll 1
   for (int c = threadIdx.x; c < tile.channels; c += blockDim.x) {
-    const int k = c % V;
-    const float* const from = reinterpret_cast<const float*>(of_threads + k / 4 * blockDim.x + c / V) + k % 4;
+    const unsigned k = static_cast<unsigned>(c) % V;
+    const float* const from = reinterpret_cast<const float*>(of_threads + k / 4 * blockDim.x + full_vectors_of<T>(c)) + k % 4;
     float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     int r = 0;
+#pragma unroll 1
     for (; r + 4 <= tile.rows; r += 4)
 #pragma unroll
       for (int i = 0; i < 4; ++i) sum[i] += from[(r + i) * tile.columns * 4];
+#pragma unroll 1
     for (; r < tile.rows; ++r) sum[0] += from[r * tile.columns * 4];
     put(c, (sum[0] + sum[1]) + (sum[2] + sum[3]));
   }
@@ -106,29 +111,30 @@ __device__ __forceinline__ double sum_channels(const float* of_channel, int grou
   return warp_sum(sum);
 }
 
-// The moments of a tile's groups, in shared.of_group once all threads have passed a barrier.
-template <class T>
+// Calls put(g, moments) for each of a tile's groups, in the first thread of warp g, g + warps() and so on.
+template <class T, class Put>
 __device__ __forceinline__ void tile_moments(const T* x, const LastTile& tile, const NormActOp& op, bool embedded,
-                                             const LastShared<T>& shared) {
+                                             const LastShared<T>& shared, const Put& put) {
   constexpr int V = kWidth<T>;
-  const int first = tile.valid > 0 ? tile.row : tile.pixels, c = tile.column * V;
+  const int first = tile.valid > 0 ? tile.row : tile.pixels;
   float embedding[V], sum[V], about[V], square[V];
 #pragma unroll
   for (int k = 0; k < V; ++k) {
-    embedding[k] = embedded && k < tile.valid ? shared.coefficient[c + k].x : 0.0f;
+    embedding[k] = embedded ? shared.coefficient[own_channel<T>(tile, k)].x : 0.0f;
     sum[k] = square[k] = 0.0f;
   }
   for_vectors(
       first, whole_pixels(x, tile, op), tile.pixels, tile.rows,
       [&](int p) { return load(x + static_cast<int64_t>(p) * op.channels); },
       [&](int p) { return load(x + static_cast<int64_t>(p) * op.channels, tile.valid); },
-      [&](int p, const uint4& v) {
-        shared.kept[p * tile.columns + tile.column] = v;
-        float value[V];
-        unpack<T>(v, value);
+      [&](int p, const uint4& v, bool) { shared.kept[p * tile.columns + tile.column] = v; });
+#pragma unroll 2
+  for (int p = first; p < tile.pixels; p += tile.rows) {
+    float value[V];
+    unpack<T>(shared.kept[p * tile.columns + tile.column], value);
 #pragma unroll
-        for (int k = 0; k < V; ++k) sum[k] += value[k] + embedding[k];
-      });
+    for (int k = 0; k < V; ++k) sum[k] += value[k] + embedding[k];
+  }
   const auto keep_sum = [&](int channel, float of_rows) { shared.of_channel[channel] = of_rows; };
   sum_rows<T>(sum, tile, shared.of_threads, keep_sum);
   const int width = min(op.width, tile.channels);
@@ -143,7 +149,7 @@ __device__ __forceinline__ void tile_moments(const T* x, const LastTile& tile, c
   // The sums of the differences to the group's value of before, and of their squares.
 #pragma unroll
   for (int k = 0; k < V; ++k) {
-    about[k] = k < tile.valid ? static_cast<float>(shared.of_group[tile.group_of(op, c + k)].x) : 0.0f;
+    about[k] = static_cast<float>(shared.of_group[op.by_width(own_channel<T>(tile, k))].x);
     sum[k] = 0.0f;
   }
 #pragma unroll 2
@@ -163,7 +169,6 @@ __device__ __forceinline__ void tile_moments(const T* x, const LastTile& tile, c
     const double total = sum_channels(shared.of_channel, g, tile, op);
     if (lane() == 0) shared.of_group[g].y = total;
   }
-  __syncthreads();
   sum_rows<T>(square, tile, shared.of_threads, keep_sum);
 #pragma unroll 1
   for (int g = warp(); g < tile.groups; g += warps()) {
@@ -171,7 +176,7 @@ __device__ __forceinline__ void tile_moments(const T* x, const LastTile& tile, c
     if (lane() == 0) {
       const double2 known = shared.of_group[g];
       const Moments m = moments_about(known.x, known.y, squares, size);
-      shared.of_group[g] = make_double2(m.mean, m.deviation);
+      put(g, make_double2(m.mean, m.deviation));
     }
   }
 }
@@ -181,9 +186,9 @@ __device__ __forceinline__ void fill_coefficients(const Parameters& given, const
                                                   const LastShared<T>& shared) {
 #pragma unroll 1
   for (int c = threadIdx.x; c < tile.channels; c += blockDim.x) {
-    const double2 statistics = shared.statistics[tile.group_of(op, c)];
+    const double2 statistics = shared.statistics[op.by_width(c)];
     shared.coefficient[c] =
-        coefficients(given, op, tile.sample, tile.channel + c, statistics.x, statistics.y);
+        coefficients<T>(given, op, tile.sample, tile.channel + c, statistics.x, statistics.y);
   }
 }
 
@@ -197,13 +202,13 @@ __device__ __forceinline__ uint4 normalised(const uint4& v, const float4 (&k)[kW
   return pack<T>(z);
 }
 
-// This thread's coefficients; what lies beyond the tile's channels is never stored.
+// This thread's coefficients.
 template <class T>
 __device__ __forceinline__ void own_coefficients(const LastTile& tile, const float4* coefficient,
                                                  float4 (&own)[kWidth<T>]) {
 #pragma unroll
   for (int k = 0; k < kWidth<T>; ++k)
-    own[k] = coefficient[min(tile.column * kWidth<T> + k, tile.channels - 1)];
+    own[k] = coefficient[own_channel<T>(tile, k)];
 }
 
 // As norm_act_first; the moments of group g and part i of a sample are at (g * parts + i).
@@ -220,18 +225,16 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   if (embedding) {
 #pragma unroll 1
     for (int c = threadIdx.x; c < tile.channels; c += blockDim.x)
-      shared.coefficient[c].x = embedding_of(given, op, tile.sample, tile.channel + c);
+      shared.coefficient[c].x = embedding_of<T>(given, op, tile.sample, tile.channel + c);
     __syncthreads();
   }
-  tile_moments(x + tile.sample * op.x_stride + at, tile, op, embedding != nullptr, shared);
-  __syncthreads();
-  const int64_t first_group = tile.sample * op.groups + static_cast<int64_t>(tile.slab) * op.slab;
-  if (op.statistics == kGiven) {
-#pragma unroll 1
-    for (int g = threadIdx.x; g < tile.groups; g += blockDim.x)
-      moments[(first_group + g) * op.parts + tile.part] = shared.of_group[g];
-    return;
-  }
+  const int64_t first_group = static_cast<int64_t>(tile.sample) * op.groups + tile.slab * op.slab;
+  tile_moments(x + tile.sample * op.x_stride + at, tile, op, embedding != nullptr, shared,
+               [&](int g, const double2& of_tile) {
+                 if (op.statistics == kGiven) moments[(first_group + g) * op.parts + tile.part] = of_tile;
+                 else shared.of_group[g] = of_tile;
+               });
+  if (op.statistics == kGiven) return;
   const bool cluster = op.statistics == kCluster;
   if (cluster) {
     cluster_arrive();
@@ -271,10 +274,11 @@ __global__ void __launch_bounds__(kMostThreads, 2)
                         const void* shift, const void* embedding, const double* mean, const double* rstd,
                         const NormActOp op) {
   extern __shared__ uint4 memory[];
+  constexpr int V = kWidth<T>;
   const Parameters given{weight, bias, scale, shift, embedding};
   const LastTile tile = last_tile<T>(op, blockIdx.x);
   const LastShared<T> shared(memory, op, 0);
-  const int64_t first_group = tile.sample * op.groups + static_cast<int64_t>(tile.slab) * op.slab;
+  const int64_t first_group = static_cast<int64_t>(tile.sample) * op.groups + tile.slab * op.slab;
 #pragma unroll 1
   for (int g = threadIdx.x; g < tile.groups; g += blockDim.x)
     shared.statistics[g] = make_double2(mean[first_group + g], rstd[first_group + g]);
@@ -282,9 +286,9 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   fill_coefficients(given, op, tile, shared);
   __syncthreads();
   if (tile.valid == 0) return;
-  float4 own[kWidth<T>];
+  float4 own[V];
   own_coefficients<T>(tile, shared.coefficient, own);
-  const int64_t at = static_cast<int64_t>(tile.pixel) * op.channels + tile.channel + tile.column * kWidth<T>;
+  const int64_t at = static_cast<int64_t>(tile.pixel) * op.channels + tile.channel + tile.column * V;
   const T* const from = x + tile.sample * op.x_stride + at;
   T* const to = out + tile.sample * op.out_stride + at;
   const bool aligned = all_aligned(to, op);
@@ -292,8 +296,8 @@ __global__ void __launch_bounds__(kMostThreads, 2)
       tile.row, whole_pixels(from, tile, op), tile.pixels, tile.rows,
       [&](int p) { return load(from + static_cast<int64_t>(p) * op.channels); },
       [&](int p) { return load(from + static_cast<int64_t>(p) * op.channels, tile.valid); },
-      [&](int p, const uint4& v) {
-        store(to + static_cast<int64_t>(p) * op.channels, normalised<T>(v, own, op), aligned, tile.valid);
+      [&](int p, const uint4& v, bool whole) {
+        store(to + static_cast<int64_t>(p) * op.channels, normalised<T>(v, own, op), aligned, whole ? V : tile.valid);
       });
 }
 

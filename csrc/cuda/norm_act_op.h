@@ -49,6 +49,7 @@ struct NormActOp {
   int32_t activation = 0;
   int32_t statistics = 0;
   Divider by_pixels, by_width;
+  LongDivider by_step, long_by_pixels;  // of places in a group
   ParameterLayout weight, bias, scale, shift, embedding;
 };
 

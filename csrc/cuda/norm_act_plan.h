@@ -224,6 +224,8 @@ inline NormActOp op_of(const NormActShape& shape, const NormActPlan& plan) {
   op.statistics = plan.statistics;
   op.by_pixels = Divider(static_cast<uint32_t>(shape.pixels));
   op.by_width = Divider(static_cast<uint32_t>(shape.width()));
+  op.by_step = LongDivider(static_cast<uint32_t>(plan.step));
+  op.long_by_pixels = LongDivider(static_cast<uint32_t>(shape.pixels));
   return op;
 }
 

@@ -31,6 +31,8 @@ inline Parameter parameter(const Optional& tensor, bool per_sample, const Tensor
   STD_TORCH_CHECK(dim == (per_sample ? 2 : 1) && tensor->size(dim - 1) == x.size(1) &&
                       (!per_sample || tensor->size(0) == x.size(0)) && beside(*tensor, x),
                   name, " must be on x's device and of ", per_sample ? "shape (N, C)" : "shape (C,)");
+  STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float || tensor->scalar_type() == x.scalar_type(), name,
+                  " must be float32 or of x's dtype");
   return {tensor->const_data_ptr(), {per_sample ? tensor->stride(0) : 0, tensor->stride(dim - 1),
                                      result_type(*tensor, name)}};
 }

@@ -24,21 +24,21 @@ DDPM_FAST_INLINE uint32_t key_of(uint32_t bits) { return bits & 0x7fffffffu; }
 
 // The bin that holds the value of a rank; `rank` becomes its rank inside the bin. All threads of the block take part.
 static __device__ uint32_t bin_of(const uint32_t* counts, int bins, uint32_t& rank, uint32_t* scratch) {
-  const int thread = threadIdx.x, each = bins / kThreads;
+  const unsigned thread = threadIdx.x, each = bins / kThreads;
   uint32_t own = 0;
-  for (int i = 0; i < each; ++i) own += counts[thread * each + i];
+  for (unsigned i = 0; i < each; ++i) own += counts[thread * each + i];
   uint32_t sum = own;  // over this thread and those before it
 #pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
+  for (unsigned step = 1; step < 32; step *= 2) {
     const uint32_t other = __shfl_up_sync(0xffffffffu, sum, step);
     if (thread % 32 >= step) sum += other;
   }
   if (thread % 32 == 31) scratch[thread / 32] = sum;
   __syncthreads();
-  for (int warp = 0; warp < thread / 32; ++warp) sum += scratch[warp];
+  for (unsigned warp = 0; warp < thread / 32; ++warp) sum += scratch[warp];
   if (sum - own <= rank && rank < sum) {
     uint32_t left = rank - (sum - own);
-    int bin = thread * each;
+    unsigned bin = thread * each;
     while (left >= counts[bin]) left -= counts[bin++];
     scratch[kThreads / 32] = bin;
     scratch[kThreads / 32 + 1] = left;
@@ -70,7 +70,7 @@ DDPM_FAST_INLINE void for_each_key(const float* x, const QuantileLayout& layout,
     const Raw<V> raw = reader.template read<V>(e, count);
 #pragma unroll
     for (int j = 0; j < V; ++j)
-      if (j < count) body(key_of(raw.word[j]));
+      if (j == 0 || j < count) body(key_of(raw.word[j]));
   }
 }
 

@@ -33,7 +33,7 @@ template <class T> static const char* launch(const RmsNormActBackwardArguments& 
   op.out_stride = a.grad_x_stride;
   const int64_t samples = a.shape.samples, channels = a.shape.channels;
   float2* const of_tiles = static_cast<float2*>(a.workspace);
-  float2* const of_samples = of_tiles + plan.blocks * channels;
+  float* const of_samples = reinterpret_cast<float*>(of_tiles + plan.blocks * channels);
   constexpr int kSumThreads = kWarp * kRmsRows;
   const unsigned across = static_cast<unsigned>((channels + kWarp - 1) / kWarp);
   if (samples > 0) {
@@ -45,10 +45,10 @@ template <class T> static const char* launch(const RmsNormActBackwardArguments& 
     if (error != nullptr) return error;
     if (a.grad_weight == nullptr && a.grad_scale == nullptr && a.grad_shift == nullptr) return nullptr;
     rms_norm_act_sums<<<static_cast<unsigned>(samples * across), kSumThreads, 0, stream>>>(
-        of_tiles, of_samples, a.weight.data, a.grad_scale, a.grad_shift, op);
+        of_tiles, of_samples, a.weight.data, a.scale.data, a.grad_scale, a.grad_shift, op);
   }
   if (a.grad_weight != nullptr)
-    rms_norm_act_weight<<<across, kSumThreads, 0, stream>>>(of_samples, a.scale.data, a.grad_weight, samples, op);
+    rms_norm_act_weight<<<across, kSumThreads, 0, stream>>>(of_samples, a.grad_weight, samples, op.channels);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -9,7 +9,7 @@ namespace cuda {
 
 // Where element e of a row of values is kept: four neighbours together, and neighbouring vectors side by side, so that
 // a warp that reads four at a time meets no bank conflict.
-template <class T> __device__ __forceinline__ int spot(int e, int columns) {
+template <class T> __device__ __forceinline__ unsigned spot(unsigned e, unsigned columns) {
   if constexpr (kWidth<T> == 4) return e;
   return (e / 4 % 2 * columns + e / 8) * 4 + e % 4;
 }
@@ -29,53 +29,67 @@ template <class T> __device__ __forceinline__ void read_spots(const float* row, 
 template <class T, bool kLast> struct RmsTile {
   static constexpr int V = kWidth<T>;
   int64_t sample;
-  int pixel, pixels;            // the first, and how many
-  int rows, elements, columns;  // elements of a row, in so many vectors
-  int channel_columns, pixel_columns;
-  uint4 *kept, *kept_grad;
-  float *factor, *shift, *rrms, *along;  // of channels and of pixels, at their spots where they run along a row
+  int pixel, pixels;   // the first, and how many
+  int rows, elements;  // elements of a row
+  // Of channels and of pixels, at their spots where they run along a row, which then has whole vectors of them.
+  float *factor, *shift, *rrms, *along;
   float4* of_threads;
-  bool kept_at_all;
+  uint4 *kept, *kept_grad;
 
-  __device__ __forceinline__ RmsTile(const RmsNormActOp& op, uint4* memory, int images) {
-    sample = blockIdx.x / op.tiles;
-    pixel = static_cast<int>(blockIdx.x - sample * op.tiles) * op.step;
+  __device__ __forceinline__ RmsTile(const RmsNormActOp& op, uint4* memory) {
+    const unsigned n = blockIdx.x / op.tiles;
+    sample = n;
+    pixel = static_cast<int>(blockIdx.x - n * op.tiles) * op.step;
     pixels = min(op.step, op.pixels - pixel);
     rows = kLast ? pixels : op.channels;
     elements = kLast ? op.channels : pixels;
-    columns = op.columns;
-    channel_columns = (op.channels + V - 1) / V;
-    pixel_columns = (op.step + V - 1) / V;
-    kept_at_all = op.kept;
-    const int size = op.kept ? (kLast ? op.step : op.channels) * columns : 0;
-    kept = memory;
-    kept_grad = kept + size;
-    of_threads = reinterpret_cast<float4*>(kept + images * size);
-    factor = reinterpret_cast<float*>(of_threads + blockDim.x * (V / 4));
-    shift = factor + channel_columns * V;
-    rrms = shift + channel_columns * V;
-    along = rrms + pixel_columns * V;
+    of_threads = reinterpret_cast<float4*>(memory);
+    factor = reinterpret_cast<float*>(of_threads + kRmsThreads * (V / 4));
+    shift = factor + op.channel_columns * V;
+    rrms = shift + op.channel_columns * V;
+    along = rrms + op.pixel_columns * V;
+    kept = reinterpret_cast<uint4*>(along + op.pixel_columns * V);
+    kept_grad = kept + vectors(op);
   }
-  __device__ __forceinline__ int vectors() const { return rows * columns; }
-  __device__ __forceinline__ int channel_spot(int c) const { return kLast ? spot<T>(c, channel_columns) : c; }
-  __device__ __forceinline__ int pixel_spot(int p) const { return kLast ? p : spot<T>(p, pixel_columns); }
-  __device__ __forceinline__ int valid(int column) const { return min(V, elements - column * V); }
+  __device__ __forceinline__ int vectors(const RmsNormActOp& op) const { return rows * op.columns; }
+  // Places for values of channels and pixels, and which of these have theirs there: what fills a row's vectors has those
+  // of the last one.
+  __device__ __forceinline__ int channel_slots(const RmsNormActOp& op) const {
+    return kLast ? op.channel_columns * V : op.channels;
+  }
+  __device__ __forceinline__ int pixel_slots(const RmsNormActOp& op) const {
+    return kLast ? pixels : op.pixel_columns * V;
+  }
+  __device__ __forceinline__ int channel_of(int slot, const RmsNormActOp& op) const {
+    return kLast ? min(slot, op.channels - 1) : slot;
+  }
+  __device__ __forceinline__ int pixel_of(int slot) const { return kLast ? slot : min(slot, pixels - 1); }
+  __device__ __forceinline__ int channel_spot(int c, const RmsNormActOp& op) const {
+    return kLast ? spot<T>(c, op.channel_columns) : c;
+  }
+  __device__ __forceinline__ int pixel_spot(int p, const RmsNormActOp& op) const {
+    return kLast ? p : spot<T>(p, op.pixel_columns);
+  }
+  // Elements from a column on: a vector's or more where it is full, none or fewer where it is empty.
+  __device__ __forceinline__ int left(int column) const { return elements - column * V; }
 
   // The values for the elements of a vector.
-  __device__ __forceinline__ void of_channels(const float* value, int row, int column, float (&to)[V]) const {
+  __device__ __forceinline__ void of_channels(const float* value, int row, int column, const RmsNormActOp& op,
+                                              float (&to)[V]) const {
     if constexpr (kLast) {
-      read_spots<T>(value, column, channel_columns, to);
+      read_spots<T>(value, column, op.channel_columns, to);
     } else {
 #pragma unroll
       for (int j = 0; j < V; ++j) to[j] = value[row];
     }
   }
-  __device__ __forceinline__ void of_pixels(const float* value, int row, int column, float (&to)[V]) const {
+  __device__ __forceinline__ void of_pixels(const float* value, int row, int column, const RmsNormActOp& op,
+                                            float (&to)[V]) const {
     if constexpr (kLast) {
 #pragma unroll
       for (int j = 0; j < V; ++j) to[j] = value[row];
     } else {
-      read_spots<T>(value, column, pixel_columns, to);
+      read_spots<T>(value, column, op.pixel_columns, to);
     }
   }
   __device__ __forceinline__ int64_t offset(const RmsNormActOp& op, int64_t stride) const {
@@ -93,74 +107,66 @@ template <class T> __device__ __forceinline__ bool rows_aligned(const T* p, int6
 template <class T, class Tile>
 __device__ __forceinline__ uint4 tile_vector(const uint4* kept, const T* from, int row, int column, const Tile& tile,
                                              const RmsNormActOp& op) {
-  if (tile.kept_at_all) return kept[row * tile.columns + column];
-  return load(from + row * tile.row_stride(op) + column * kWidth<T>, tile.valid(column));
+  if (op.kept) return kept[row * op.columns + column];
+  return load(from + row * tile.row_stride(op) + column * kWidth<T>, tile.left(column));
 }
 
 template <class T, class Tile>
 __device__ __forceinline__ void keep_tile(uint4* kept, const T* from, const Tile& tile, const RmsNormActOp& op) {
-  if (!tile.kept_at_all) return;
+  if (!op.kept) return;
   const int64_t stride = tile.row_stride(op);
-  const bool whole = rows_aligned(from, stride) && tile.elements % kWidth<T> == 0;
-  // With fewer elements in the last tile of a row some columns stay empty.
-  const int columns = (tile.elements + kWidth<T> - 1) / kWidth<T>;
+  const bool whole = rows_aligned(from, stride) && tile.elements == op.columns * kWidth<T>;
   const auto place = [&](int i, int& row, int& column) {
     row = op.by_columns(i);
-    column = i - row * tile.columns;
-    return column < columns;
+    column = i - row * op.columns;
+    return from + row * stride + column * kWidth<T>;
   };
   for_vectors(
-      threadIdx.x, whole && columns == tile.columns ? tile.vectors() : 0, tile.vectors(), blockDim.x,
+      threadIdx.x, whole ? tile.vectors(op) : 0, tile.vectors(op), kRmsThreads,
       [&](int i) {
         int row, column;
-        place(i, row, column);
-        return load(from + row * stride + column * kWidth<T>);
+        return load(place(i, row, column));
       },
       [&](int i) {
         int row, column;
-        return place(i, row, column) ? load(from + row * stride + column * kWidth<T>, tile.valid(column))
-                                     : make_uint4(0, 0, 0, 0);
+        const T* const at = place(i, row, column);
+        return load(at, tile.left(column));
       },
-      [&](int i, const uint4& v) { kept[i] = v; });
+      [&](int i, const uint4& v, bool) { kept[i] = v; });
 }
 
-// put(row, sum) for each row: the sum over its elements of what value(row, column, terms) gives. A team of neighbouring
-// threads a row.
+// put(row, sum) for each row: the sum over its elements of what value(row, column, terms) gives, zeros for those that only
+// fill a vector. A team of neighbouring threads a row.
 template <class T, class Tile, class Value, class Put>
-__device__ __forceinline__ void sum_over_row(const Tile& tile, const Value& value, const Put& put) {
-  const int columns = (tile.elements + kWidth<T> - 1) / kWidth<T>;
-  int lanes = 1;
-  while (lanes < kWarp && lanes < columns) lanes *= 2;
-  const int teams = blockDim.x / lanes;
+__device__ __forceinline__ void sum_over_row(const Tile& tile, const RmsNormActOp& op, const Value& value,
+                                             const Put& put) {
+  const int lanes = 1 << op.team, rows_of_warp = kWarp >> op.team;
 #pragma unroll 1
-  for (int first = warp() * (kWarp / lanes); first < tile.rows; first += teams) {
-    const int row = first + lane() / lanes;
+  for (int first = warp() * rows_of_warp; first < tile.rows; first += kRmsThreads >> op.team) {
+    const int row = first + (lane() >> op.team);
     float sum = 0;
     if (row < tile.rows) {
 #pragma unroll 1
-      for (int column = lane() % lanes; column < columns; column += lanes) {
+      for (int column = lane() & (lanes - 1); tile.left(column) > 0; column += lanes) {
         float terms[kWidth<T>];
         value(row, column, terms);
-#pragma unroll
-        for (int j = 0; j < kWidth<T>; ++j)
-          if (j >= tile.valid(column)) terms[j] = 0.0f;
         sum += tree_sum(terms);
       }
     }
     sum = team_sum(sum, lanes);
-    if (row < tile.rows && lane() % lanes == 0) put(row, sum);
+    if (row < tile.rows && (lane() & (lanes - 1)) == 0) put(row, sum);
   }
 }
 
-// put(element, sum) for each element of a row: the sum over all rows. Ends with a barrier.
+// put(element, sum) for each of a row's first elements: the sum over all rows. Ends with a barrier.
 template <class T, class Tile, class Value, class Put>
-__device__ __forceinline__ void sum_over_rows(const Tile& tile, const Value& value, const Put& put) {
-  constexpr int V = kWidth<T>;
-  const int all = (tile.elements + V - 1) / V, threads = blockDim.x;
+__device__ __forceinline__ void sum_over_rows(const Tile& tile, const RmsNormActOp& op, unsigned elements,
+                                              const Value& value, const Put& put) {
+  constexpr unsigned V = kWidth<T>, threads = kRmsThreads;
 #pragma unroll 1
-  for (int begin = 0; begin < all; begin += threads) {
-    const int columns = min(all - begin, threads), teams = threads / columns;
-    const int team = threadIdx.x / columns, column = threadIdx.x - team * columns;
+  for (unsigned begin = 0; begin < op.columns; begin += threads) {
+    const unsigned columns = min(op.columns - begin, threads), teams = threads / columns;
+    const unsigned team = threadIdx.x / columns, column = threadIdx.x - team * columns;
     float sum[V];
 #pragma unroll
     for (int j = 0; j < V; ++j) sum[j] = 0.0f;
@@ -179,34 +185,28 @@ __device__ __forceinline__ void sum_over_rows(const Tile& tile, const Value& val
           make_float4(sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]);
     __syncthreads();
 #pragma unroll 1
-    for (int e = threadIdx.x; e < min(columns * V, tile.elements - begin * V); e += threads) {
-      const int k = e % V;
+    for (unsigned e = threadIdx.x; e < min(columns * V, elements - begin * V); e += threads) {
+      const unsigned k = e % V;
       const float* const from = reinterpret_cast<const float*>(tile.of_threads + k / 4 * threads + e / V) + k % 4;
       float total = from[0];
 #pragma unroll 1
-      for (int r = 1; r < teams; ++r) total += from[r * columns * 4];
+      for (unsigned r = 1; r < teams; ++r) total += from[r * columns * 4];
       put(begin * V + e, total);
     }
     __syncthreads();
   }
 }
 
-// The channels' coefficients, and zeros for what vectors hold beyond the tile's end.
-template <class Tile>
+template <class T, class Tile>
 __device__ __forceinline__ void fill_channels(const Tile& tile, const Parameters& given, const RmsNormActOp& op) {
 #pragma unroll 1
-  for (int c = op.channels + threadIdx.x; c < tile.channel_columns * Tile::V; c += blockDim.x)
-    tile.factor[tile.channel_spot(c)] = tile.shift[tile.channel_spot(c)] = 0.0f;
-#pragma unroll 1
-  for (int p = tile.pixels + threadIdx.x; p < tile.pixel_columns * Tile::V; p += blockDim.x)
-    tile.rrms[tile.pixel_spot(p)] = tile.along[tile.pixel_spot(p)] = 0.0f;
-#pragma unroll 1
-  for (int c = threadIdx.x; c < op.channels; c += blockDim.x) {
-    const double weight = given.weight ? static_cast<double>(parameter(given.weight, op.weight, 0, c)) : 1.0;
+  for (int slot = threadIdx.x; slot < tile.channel_slots(op); slot += kRmsThreads) {
+    const int c = tile.channel_of(slot, op);
+    const double weight = given.weight ? static_cast<double>(parameter<T>(given.weight, op.weight, 0, c)) : 1.0;
     const double by_scale =
-        given.scale ? 1.0 + static_cast<double>(parameter(given.scale, op.scale, tile.sample, c)) : 1.0;
-    tile.factor[tile.channel_spot(c)] = static_cast<float>(weight * by_scale);
-    tile.shift[tile.channel_spot(c)] = given.shift ? parameter(given.shift, op.shift, tile.sample, c) : 0.0f;
+        given.scale ? 1.0 + static_cast<double>(parameter<T>(given.scale, op.scale, tile.sample, c)) : 1.0;
+    tile.factor[tile.channel_spot(slot, op)] = static_cast<float>(weight * by_scale);
+    tile.shift[tile.channel_spot(slot, op)] = given.shift ? parameter<T>(given.shift, op.shift, tile.sample, c) : 0.0f;
   }
 }
 
@@ -216,8 +216,8 @@ __global__ void __launch_bounds__(kRmsThreads, 3)
                  const RmsNormActOp op) {
   extern __shared__ uint4 memory[];
   constexpr int V = kWidth<T>;
-  const RmsTile<T, kLast> tile(op, memory, 1);
-  fill_channels(tile, {weight, nullptr, scale, shift, nullptr}, op);
+  const RmsTile<T, kLast> tile(op, memory);
+  fill_channels<T>(tile, {weight, nullptr, scale, shift, nullptr}, op);
   const T* const from = x + tile.offset(op, op.x_stride);
   keep_tile(tile.kept, from, tile, op);
   __syncthreads();
@@ -229,30 +229,29 @@ __global__ void __launch_bounds__(kRmsThreads, 3)
   const auto put = [&](int p, float sum) {
     // fmaxf would drop a NaN.
     const float r = sum == sum ? op.root / fmaxf(sqrtf(sum), op.eps) : sum;
-    tile.rrms[tile.pixel_spot(p)] = r;
-    if (rrms) rrms[tile.sample * op.pixels + tile.pixel + p] = r;
+    tile.rrms[tile.pixel_spot(p, op)] = r;
+    if (rrms && (kLast || p < tile.pixels)) rrms[tile.sample * op.pixels + tile.pixel + p] = r;
   };
   if constexpr (kLast) {
-    sum_over_row<T>(tile, squares, put);
+    sum_over_row<T>(tile, op, squares, put);
     __syncthreads();
   } else {
-    sum_over_rows<T>(tile, squares, put);
+    sum_over_rows<T>(tile, op, tile.pixel_slots(op), squares, put);
   }
   T* const to = out + tile.offset(op, op.out_stride);
   const bool aligned = rows_aligned(to, tile.row_stride(op));
 #pragma unroll 1
-  for (int i = threadIdx.x; i < tile.vectors(); i += blockDim.x) {
-    const int row = op.by_columns(i), column = i - row * tile.columns;
-    if (column * V >= tile.elements) continue;
+  for (int i = threadIdx.x; i < tile.vectors(op); i += kRmsThreads) {
+    const int row = op.by_columns(i), column = i - row * op.columns;
     float z[V], r[V], factor[V], offset[V];
     unpack<T>(tile_vector(tile.kept, from, row, column, tile, op), z);
-    tile.of_pixels(tile.rrms, row, column, r);
-    tile.of_channels(tile.factor, row, column, factor);
-    tile.of_channels(tile.shift, row, column, offset);
+    tile.of_pixels(tile.rrms, row, column, op, r);
+    tile.of_channels(tile.factor, row, column, op, factor);
+    tile.of_channels(tile.shift, row, column, op, offset);
 #pragma unroll
     for (int j = 0; j < V; ++j) z[j] = fmaf(z[j] * r[j], factor[j], offset[j]);
     activate(z, op.activation);
-    store(to + row * tile.row_stride(op) + column * V, pack<T>(z), aligned, tile.valid(column));
+    store(to + row * tile.row_stride(op) + column * V, pack<T>(z), aligned, tile.left(column));
   }
 }
 
@@ -263,11 +262,11 @@ __global__ void __launch_bounds__(kRmsThreads, 2)
                           const void* shift, const float* rrms, float2* sums, const RmsNormActOp op) {
   extern __shared__ uint4 memory[];
   constexpr int V = kWidth<T>;
-  const RmsTile<T, kLast> tile(op, memory, 2);
-  fill_channels(tile, {weight, nullptr, scale, shift, nullptr}, op);
+  const RmsTile<T, kLast> tile(op, memory);
+  fill_channels<T>(tile, {weight, nullptr, scale, shift, nullptr}, op);
 #pragma unroll 1
-  for (int p = threadIdx.x; p < tile.pixels; p += blockDim.x)
-    tile.rrms[tile.pixel_spot(p)] = rrms[tile.sample * op.pixels + tile.pixel + p];
+  for (int slot = threadIdx.x; slot < tile.pixel_slots(op); slot += kRmsThreads)
+    tile.rrms[tile.pixel_spot(slot, op)] = rrms[tile.sample * op.pixels + tile.pixel + tile.pixel_of(slot)];
   const T* const from = x + tile.offset(op, op.x_stride);
   const T* const from_grad = grad_out + tile.offset(op, op.grad_stride);
   keep_tile(tile.kept, from, tile, op);
@@ -278,9 +277,9 @@ __global__ void __launch_bounds__(kRmsThreads, 2)
     float r[V], offset[V];
     unpack<T>(tile_vector(tile.kept, from, row, column, tile, op), xhat);
     unpack<T>(tile_vector(tile.kept_grad, from_grad, row, column, tile, op), grad);
-    tile.of_pixels(tile.rrms, row, column, r);
-    tile.of_channels(tile.factor, row, column, factor);
-    tile.of_channels(tile.shift, row, column, offset);
+    tile.of_pixels(tile.rrms, row, column, op, r);
+    tile.of_channels(tile.factor, row, column, op, factor);
+    tile.of_channels(tile.shift, row, column, op, offset);
 #pragma unroll
     for (int j = 0; j < V; ++j) xhat[j] *= r[j];
     if (!op.activation) return;
@@ -306,46 +305,45 @@ __global__ void __launch_bounds__(kRmsThreads, 2)
   // Where the norm is below eps, the reciprocal is a constant.
   const float constant = op.root / op.eps;
   const auto put_along = [&](int p, float sum) {
-    const bool is_constant = tile.rrms[tile.pixel_spot(p)] >= constant;
-    tile.along[tile.pixel_spot(p)] = is_constant ? 0.0f : sum / static_cast<float>(op.channels);
+    const bool is_constant = tile.rrms[tile.pixel_spot(p, op)] >= constant;
+    tile.along[tile.pixel_spot(p, op)] = is_constant ? 0.0f : sum / static_cast<float>(op.channels);
   };
   float2* const to_sums = sums + static_cast<int64_t>(blockIdx.x) * op.channels;
   const auto put_product = [&](int c, float sum) { to_sums[c].x = sum; };
   const auto put_gradient = [&](int c, float sum) { to_sums[c].y = sum; };
   if constexpr (kLast) {
-    sum_over_row<T>(tile, along_terms, put_along);
-    sum_over_rows<T>(tile, products, put_product);
-    sum_over_rows<T>(tile, gradients, put_gradient);
+    sum_over_row<T>(tile, op, along_terms, put_along);
+    sum_over_rows<T>(tile, op, op.channels, products, put_product);
+    sum_over_rows<T>(tile, op, op.channels, gradients, put_gradient);
   } else {
-    sum_over_rows<T>(tile, along_terms, put_along);
-    sum_over_row<T>(tile, products, put_product);
-    sum_over_row<T>(tile, gradients, put_gradient);
+    sum_over_rows<T>(tile, op, tile.pixel_slots(op), along_terms, put_along);
+    sum_over_row<T>(tile, op, products, put_product);
+    sum_over_row<T>(tile, op, gradients, put_gradient);
   }
   // Either way a barrier has passed since put_along.
   if (grad_x == nullptr) return;
   T* const to = grad_x + tile.offset(op, op.out_stride);
   const bool aligned = rows_aligned(to, tile.row_stride(op));
 #pragma unroll 1
-  for (int i = threadIdx.x; i < tile.vectors(); i += blockDim.x) {
-    const int row = op.by_columns(i), column = i - row * tile.columns;
-    if (column * V >= tile.elements) continue;
+  for (int i = threadIdx.x; i < tile.vectors(op); i += kRmsThreads) {
+    const int row = op.by_columns(i), column = i - row * op.columns;
     float xhat[V], grad[V], factor[V], r[V], along[V];
     read(row, column, xhat, grad, factor);
-    tile.of_pixels(tile.rrms, row, column, r);
-    tile.of_pixels(tile.along, row, column, along);
+    tile.of_pixels(tile.rrms, row, column, op, r);
+    tile.of_pixels(tile.along, row, column, op, along);
 #pragma unroll
     for (int j = 0; j < V; ++j) grad[j] = fmaf(-xhat[j], along[j], grad[j] * factor[j]) * r[j];
-    store(to + row * tile.row_stride(op) + column * V, pack<T>(grad), aligned, tile.valid(column));
+    store(to + row * tile.row_stride(op) + column * V, pack<T>(grad), aligned, tile.left(column));
   }
 }
 
 constexpr int kRmsRows = 8;
 
-// The sums of a sample's tiles, and with them the gradients of scale and shift. Threads of a warp take channels side by
-// side, its warps tiles; a sample has a block for each warp of channels.
+// The sums of a sample's tiles, and with them the gradients of scale and shift, and a sample's part of that of weight.
+// Threads of a warp take channels side by side, its warps tiles; a sample has a block for each warp of channels.
 static __global__ void __launch_bounds__(kWarp * kRmsRows)
-    rms_norm_act_sums(const float2* of_tiles, float2* of_samples, const void* weight, float* grad_scale,
-                      float* grad_shift, const RmsNormActOp op) {
+    rms_norm_act_sums(const float2* of_tiles, float* of_samples, const void* weight, const void* scale,
+                      float* grad_scale, float* grad_shift, const RmsNormActOp op) {
   __shared__ double2 of_rows[kRmsRows][kWarp];
   const unsigned across = static_cast<unsigned>(op.channels + kWarp - 1) / kWarp;
   const int64_t n = blockIdx.x / across;
@@ -367,28 +365,25 @@ static __global__ void __launch_bounds__(kWarp * kRmsRows)
     total.y += of_rows[row][lane()].y;
   }
   const int64_t at = n * op.channels + channel;
-  const double w = weight ? static_cast<double>(parameter(weight, op.weight, 0, channel)) : 1.0;
-  of_samples[at] = make_float2(static_cast<float>(total.x), static_cast<float>(total.y));
-  if (grad_scale) grad_scale[at] = static_cast<float>(w * total.x);
+  const double by_scale = scale ? 1.0 + static_cast<double>(parameter(scale, op.scale, n, channel)) : 1.0;
+  of_samples[at] = static_cast<float>(by_scale * total.x);
+  const double by_weight = weight ? static_cast<double>(parameter(weight, op.weight, 0, channel)) : 1.0;
+  if (grad_scale) grad_scale[at] = static_cast<float>(by_weight * total.x);
   if (grad_shift) grad_shift[at] = static_cast<float>(total.y);
 }
 
 static __global__ void __launch_bounds__(kWarp * kRmsRows)
-    rms_norm_act_weight(const float2* of_samples, const void* scale, float* grad_weight, int64_t samples,
-                        const RmsNormActOp op) {
+    rms_norm_act_weight(const float* of_samples, float* grad_weight, int64_t samples, int channels) {
   __shared__ double of_rows[kRmsRows][kWarp];
   const int channel = blockIdx.x * kWarp + lane();
   double total = 0;
-  if (channel < op.channels) {
+  if (channel < channels) {
 #pragma unroll 1
-    for (int64_t n = warp(); n < samples; n += kRmsRows) {
-      const double by_scale = scale ? 1.0 + static_cast<double>(parameter(scale, op.scale, n, channel)) : 1.0;
-      total += by_scale * static_cast<double>(of_samples[n * op.channels + channel].x);
-    }
+    for (int64_t n = warp(); n < samples; n += kRmsRows) total += static_cast<double>(of_samples[n * channels + channel]);
   }
   of_rows[warp()][lane()] = total;
   __syncthreads();
-  if (warp() != 0 || channel >= op.channels) return;
+  if (warp() != 0 || channel >= channels) return;
   for (int row = 1; row < kRmsRows; ++row) total += of_rows[row][lane()];
   grad_weight[channel] = static_cast<float>(total);
 }

@@ -28,6 +28,8 @@ struct RmsNormActOp {
   int32_t step = 0;     // pixels of a tile
   int32_t tiles = 0;    // of a sample
   int32_t columns = 0;  // vectors of a row at most
+  int32_t channel_columns = 0, pixel_columns = 0;  // those that hold a value of each channel, and of each pixel of a tile
+  int32_t team = 0;     // threads that sum up a row, the logarithm of their number
   int32_t kept = 0;     // whether a tile stays in shared memory, or is read again
   int32_t activation = 0;
   Divider by_columns;
@@ -68,9 +70,11 @@ inline RmsNormActPlan plan_rms_norm_act(const RmsNormActShape& shape, int shared
   op.columns = static_cast<int>(up(shape.channels_last ? shape.channels : step, vector));
   op.by_columns = Divider(static_cast<uint32_t>(op.columns));
   const int64_t rows = shape.channels_last ? step : shape.channels;
-  const int64_t channel_slots = up(shape.channels, vector) * vector, pixel_slots = up(step, vector) * vector;
+  op.channel_columns = static_cast<int>(up(shape.channels, vector));
+  op.pixel_columns = static_cast<int>(up(step, vector));
+  while (op.team < 5 && 1 << op.team < op.columns) ++op.team;
   // factor and shift of channels, two values of pixels, a value of each thread's elements.
-  const int64_t others = 8 * (channel_slots + pixel_slots) + kRmsThreads * vector * 4;
+  const int64_t others = 8 * vector * (op.channel_columns + op.pixel_columns) + kRmsThreads * vector * 4;
   const int64_t tile = rows * op.columns * 16 * images;
   op.kept = tile + others + kStatic <= shared_bytes;
   plan.threads = kRmsThreads;
@@ -81,7 +85,7 @@ inline RmsNormActPlan plan_rms_norm_act(const RmsNormActShape& shape, int shared
 
 // Bytes for the sums of channels over the pixels of each tile, and of each sample.
 inline int64_t rms_norm_act_backward_workspace(const RmsNormActShape& shape, const RmsNormActPlan& plan) {
-  return 8 * shape.channels * (plan.blocks + shape.samples);
+  return shape.channels * (8 * plan.blocks + 4 * shape.samples);
 }
 
 }  // namespace cuda

@@ -20,10 +20,11 @@ __device__ __forceinline__ float reciprocal_approximate(float x) {
 
 // 1 + exp(-z) by 2^n 2^f: the product with log2(e) is not rounded before its integer part is taken off, which the
 // plain ex2(-z log2(e)) would pay for with an error that grows with |z|. n + 127 comes out of a sum's low bits as the
-// exponent of a float: 0 for n = -127, infinity for n = 128.
+// exponent of a float: 0 for n = -127, infinity for n = 128. z is kept between -128.5 log(2) and 127.5 log(2), within
+// which n is no other.
 __device__ __forceinline__ float one_plus_exp_neg(float z) {
   constexpr float kRound = 12582912.0f + 127.0f, kMinusLog2E = -0x1.715476p+0f;
-  const float y = fminf(fmaxf(z, -88.9f), 88.0f);
+  const float y = fminf(fmaxf(z, -89.06f), 88.376f);
   const float t = fmaf(y, kMinusLog2E, kRound);
   const float f = fmaf(y, kMinusLog2E, kRound - t);
   return fmaf(exp2_approximate(f), __uint_as_float(__float_as_uint(t) << 23), 1.0f);

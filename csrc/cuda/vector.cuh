@@ -13,6 +13,14 @@ namespace cuda {
 // Elements of sixteen bytes.
 template <class T> constexpr int kWidth = 16 / static_cast<int>(sizeof(T));
 
+// The vectors that hold so many elements, and those of them that are full.
+template <class T> __device__ __forceinline__ int vectors_of(int elements) {
+  return static_cast<int>((static_cast<unsigned>(elements) + kWidth<T> - 1) / kWidth<T>);
+}
+template <class T> __device__ __forceinline__ int full_vectors_of(int elements) {
+  return static_cast<int>(static_cast<unsigned>(elements) / kWidth<T>);
+}
+
 __device__ __forceinline__ bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 template <class T> __device__ __forceinline__ uint4 load(const T* p) { return *reinterpret_cast<const uint4*>(p); }
@@ -84,25 +92,26 @@ template <class T> __device__ __forceinline__ uint4 pack(const float (&x)[kWidth
   return make_uint4(word[0], word[1], word[2], word[3]);
 }
 
-// Calls use(i, vector) for i = begin, begin + stride and so on below end. Those below `whole` come from load(i), kBatch of
-// them before the first is used, the others from load_part(i).
+// Calls use(i, vector, whole) for i = begin, begin + stride and so on below end. Those below `whole` come from load(i),
+// kBatch of them before the first is used, the others from load_part(i).
 template <int kBatch = 4, class Load, class LoadPart, class Use>
 __device__ __forceinline__ void for_vectors(int begin, int whole, int end, int stride, const Load& load,
                                             const LoadPart& load_part, const Use& use) {
   int i = begin;
+#pragma unroll 1
   for (; i < whole; i += kBatch * stride) {
     decltype(load(0)) v[kBatch];
 #pragma unroll
     for (int k = 0; k < kBatch; ++k)
-      if (i + k * stride < whole) v[k] = load(i + k * stride);
+      if (k == 0 || i + k * stride < whole) v[k] = load(i + k * stride);
 #pragma unroll
     for (int k = 0; k < kBatch; ++k)
-      if (i + k * stride < whole) use(i + k * stride, v[k]);
+      if (k == 0 || i + k * stride < whole) use(i + k * stride, v[k], true);
   }
   // The first index of this thread that is not below `whole`.
-  i = begin < whole ? begin + (whole - begin + stride - 1) / stride * stride : begin;
+  i = begin + (max(whole - begin, 0) + stride - 1) / stride * stride;
 #pragma unroll 1
-  for (; i < end; i += stride) use(i, load_part(i));
+  for (; i < end; i += stride) use(i, load_part(i), false);
 }
 
 }  // namespace cuda

@@ -13,3 +13,11 @@ extern "C" void plan_of(int64_t samples, int64_t channels, int64_t pixels, int64
                             plan.piece,      plan.cuts,  plan.threads, plan.shared_bytes, plan.blocks};
   for (int i = 0; i < 10; ++i) out[i] = values[i];
 }
+
+// Of the dividers by a number: multiplier and shift of int's, then of int64_t's.
+extern "C" void dividers_of(uint32_t by, uint64_t* out) {
+  const Divider small(by);
+  const LongDivider large(by);
+  const uint64_t values[] = {small.multiplier, small.shift, large.multiplier, large.shift};
+  for (int i = 0; i < 4; ++i) out[i] = values[i];
+}

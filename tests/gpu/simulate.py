@@ -163,7 +163,9 @@ class _Simulation(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def backend(name: str, target: int = 90, processors: int | None = None, **options: Any) -> Iterator[list[Launch]]:
+def backend(
+    name: str, target: int = 90, processors: int | None = None, shared_bytes: int | None = None, **options: Any
+) -> Iterator[list[Launch]]:
     """Makes ops on CPU tensors run on a GPU backend, simulated.
 
     Args:
@@ -171,6 +173,8 @@ def backend(name: str, target: int = 90, processors: int | None = None, **option
         target: the architecture, 90 for sm_90. "cuda" has those of `cuda_library.ARCHITECTURES`.
         processors: multiprocessors of the GPU that the CUDA backend sees, where not the number of a real one: few make
             threads loop on small tensors too.
+        shared_bytes: the shared memory that it may give to a block, where not that of a real one: too few make kernels
+            go without a copy in there.
         options: of `Module.launch`: order, seed, strict, strict_global, approx, trace, workers.
 
     Yields:
@@ -197,6 +201,8 @@ def backend(name: str, target: int = 90, processors: int | None = None, **option
         else:
             device = DEVICES[target]
             device = replace(device, processors=processors or device.processors)
+            if shared_bytes is not None:
+                device = replace(device, shared_block=shared_bytes)
             cuda_library.library().configure(device, simulation.launch_cuda)
         stack.enter_context(simulation)
         yield simulation.launches

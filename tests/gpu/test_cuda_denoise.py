@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -27,7 +29,7 @@ from .cuda_runs import (
     traced,
     under_every_schedule,
 )
-from .triton_runs import SEED, STREAM, blank, drawn_for, moved
+from .triton_runs import MANY, SEED, STREAM, blank, drawn_for, moved
 
 SCHEDULE = df.NoiseSchedule.linear(1000)
 
@@ -44,7 +46,7 @@ class Case:
     variance: str = "fixed"
     noise: str = "seed"  # "seed", "given" or "none"
     guided: bool = False
-    bound: str = "clip"  # "clip", "threshold" or "none"
+    bound: str = "clip"  # "clip", "zeros" (to which it clips), "threshold", "both" of these two, or "none"
     wants_x0: bool = False
     offset: int = 0
     other_dtype: torch.dtype | None = None  # of the unconditional output and the noise given, where not the usual ones
@@ -95,36 +97,101 @@ MORE_CASES = [
         ("epsilon", "learned_range", "seed", True, "clip", False),
     )
 ]
-LOOPS = [
-    Case((2, 3, 150, 150), variance="learned_range"),
-    Case((40, 3, 30, 32), LAST, LAST, torch.bfloat16),
-    Case((40, 3, 5, 5), LAST, "contiguous", torch.bfloat16),
-]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled variant: of plain outputs of a dtype, or None for those of any dtype and order."""
+
+    tiled: bool
+    dtype: torch.dtype | None
+
+    def __str__(self) -> str:
+        return f"{'tiles' if self.tiled else 'flat'}-{'general' if self.dtype is None else str(self.dtype)[6:]}"
+
+
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+KERNELS = [Kernel(tiled, dtype) for tiled in (False, True) for dtype in (*FLOATS, None)]
+# Every rest of a vector, with all of the noise's rare words; more channels than a tile has.
+SMALL = [(7, 3, 2, 4), (7, 3, 3, 3), (7, 3, 2, 5), (7, 3, 1, 11)]
+MANY_CHANNELS = (1, 258, 2, 2)
+# More samples, and pixels or elements of each, than a GPU of one multiprocessor takes in one go; more channels.
+LOOPS = {False: [(34, 3, 19, 19)], True: [(34, 5, 21, 21), (1, 8208, 1, 2)]}
+
+
+def ways(kernel: Kernel, shapes: Sequence[tuple[int, ...]], count: int) -> list[Case]:
+    """Steps that a kernel makes, as many as there are shapes or more: every other choice is drawn."""
+    draw, cases = random.Random(0), []
+    for k in range(count):
+        learned, general = draw.choice(reference.VARIANCES), kernel.dtype is None
+        bound = draw.choice(("clip", "zeros", "threshold", "both", "none"))
+        layout = LAST if kernel.tiled else "contiguous"
+        # In the same order an output is not plain for its dtype's sake.
+        other = draw.choice(("contiguous", LAST)) if general else layout
+        in_order = other == layout
+        dtypes = (draw.sample(FLOATS, 2) if in_order else draw.choices(FLOATS, k=2)) if general else [kernel.dtype] * 2
+        cases.append(
+            Case(
+                shapes[k % len(shapes)],
+                layout,
+                other,
+                dtypes[0] or torch.float32,
+                reference.PREDICTIONS[k % 4],
+                "fixed" if kernel.tiled and not general else learned,
+                "seed" if kernel.tiled else draw.choice(("seed", "given", "none")),
+                draw.random() < 0.5 or (general and in_order),
+                bound,
+                bound in ("zeros", "both") or draw.random() < 0.5,
+                draw.choice((0, 0, 1)),
+                dtypes[1] if general else None,
+                draw.random() < 0.5,
+            )
+        )
+    return cases
 
 
 def lay(tensor: Tensor, layout: str) -> Tensor:
     return laid_out(tensor, layout) if tensor.dim() == 4 else tensor
 
 
-def agrees(case: Case, target: int, processors: int | None = None) -> None:
+def table() -> Tensor:
+    """Coefficients that no two of are alike. The range of the logarithms of the variances ends just behind where the
+    exponential is clamped, and sigma leaves of that something that float32 holds."""
+    rows = torch.randn(1000, 8)
+    rows[:, 4] = torch.rand(1000) / 1000
+    rows[-1, 4] = 0  # the last step, which draws nothing
+    rows[:, 5:7] = torch.tensor([-174.05, 176.05])
+    return rows
+
+
+def agrees(case: Case, target: int, processors: int | None = None, once: bool = False) -> None:
+    """once: under one schedule of the threads."""
     shape, samples = case.shape, case.shape[0]
-    learned = "fixed_small" if case.variance == "fixed" else case.variance
-    rows = ddpm_table(SCHEDULE, variance=learned, prediction=case.prediction, guidance_scale=3.0).rows
+    rows, zero = table(), torch.rand(case.shape) < 0.2
     ids, index = drawn_for(samples)
-    index[-1] = 999  # the last step, which draws nothing
+    if samples > 1:
+        index[-1] = 999
+        zero[-1] = False  # without noise -0 stays -0; the reference adds 0
     wide = shape if case.variance == "fixed" else (samples, 2 * shape[1], *shape[2:])
 
-    x_t = moved(lay(torch.randn(shape), case.layout), case.offset)
-    predicted = torch.randn(wide)
-    predicted[:, shape[1] :, ..., ::2] *= 60  # logarithms of variances, also where the exponential is clamped
-    output = moved(lay(predicted.to(case.dtype), case.output_layout), case.offset)
+    def drawn(shape: tuple[int, ...]) -> Tensor:
+        """Where the mean comes to zero, the noise alone shows. Behind it, variances: at the ends of their range, and
+        logarithms that the exponential takes or is clamped for."""
+        values = torch.randn(shape)
+        values[:, : case.shape[1]][zero] *= 0.0  # of either sign
+        variances = values[:, case.shape[1] :]
+        variances.copy_(torch.where(torch.rand_like(variances) < 0.5, variances.sign(), 60 * variances))
+        return values
+
+    x_t = moved(lay(drawn(shape), case.layout), case.offset)
+    output = moved(lay(drawn(wide).to(case.dtype), case.output_layout), case.offset)
     other = case.other_dtype or case.dtype
-    unconditional = lay(torch.randn(wide).to(other), case.output_layout) if case.guided else None
+    unconditional = lay(drawn(wide).to(other), case.output_layout) if case.guided else None
     noise = None
     if case.noise == "given":
         noise = lay(torch.randn(shape).to(case.other_dtype or torch.float32), case.output_layout)
-    threshold = 1 + torch.rand(samples) if case.bound == "threshold" else None
-    clip = (-1.0, 0.9) if case.bound == "clip" else (None, None)
+    threshold = 1 + torch.rand(samples) if case.bound in ("threshold", "both") else None
+    clip = {"clip": (-1.0, 0.9), "zeros": (0.0, -0.0), "both": (0.0, -0.0)}.get(case.bound, (None, None))
     seed = SEED if case.noise == "seed" else None
     options = (
         output, unconditional, rows, index, reference.PREDICTIONS.index(case.prediction),
@@ -137,7 +204,7 @@ def agrees(case: Case, target: int, processors: int | None = None) -> None:
         DENOISE["cuda"](out if case.in_place else x_t, *options, out, x0)
         return (out,) if x0 is None else (out, x0)
 
-    got = under_every_schedule(step, target, processors, samples)
+    got = under_every_schedule(step, target, processors, MANY if once else samples)
     expected, expected_x0 = torch.empty_like(x_t), torch.empty_like(x_t)
     reference.denoise(x_t, *options, expected, expected_x0)
     assert same_bits(got[0], expected)
@@ -149,9 +216,16 @@ def test_is_the_references_step(case: Case) -> None:
     agrees(case, target=90)
 
 
-@pytest.mark.parametrize("case", LOOPS, ids=str)
-def test_loops_where_there_is_more_work_than_threads(case: Case) -> None:
-    agrees(case, target=90, processors=ONE_PROCESSOR)
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_every_way_to_make_a_step(kernel: Kernel) -> None:
+    for case in ways(kernel, [*SMALL, MANY_CHANNELS], 60):
+        agrees(case, target=90, once=True)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_loops_where_there_is_more_work_than_threads(kernel: Kernel) -> None:
+    for case in ways(kernel, LOOPS[kernel.tiled], len(LOOPS[kernel.tiled])):
+        agrees(case, target=90, processors=ONE_PROCESSOR, once=True)
 
 
 @pytest.mark.parametrize("target", [80, 120])
@@ -188,42 +262,43 @@ def test_unusual_values_pass_as_in_the_reference(value: float) -> None:
         assert torch.allclose(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_row_outside_the_table_stops_the_kernel() -> None:
-    x, rows = torch.randn(1, 4), ddpm_table(SCHEDULE).rows
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_a_row_outside_the_table_stops_the_kernel(kernel: Kernel) -> None:
+    layout, other = (LAST, "contiguous") if kernel.tiled else ("contiguous", LAST)
+    x_t = laid_out(torch.randn(1, 3, 2, 2), layout)
+    output = laid_out(torch.randn(1, 3, 2, 2), layout if kernel.dtype else other).to(kernel.dtype)
+    rows, seed = ddpm_table(SCHEDULE).rows, SEED if kernel.tiled else None
     for index in (-1, 1000):
         with simulate.backend("cuda"), pytest.raises(RuntimeError, match="trap"):
             DENOISE["cuda"](
-                x,
-                x,
-                None,
-                rows,
-                torch.tensor([index]),
-                0,
-                0,
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-                1,
-                torch.empty(1, 4),
-                None,
-            )
+                x_t, output, None, rows, torch.tensor([index]), 0, 0, None, None, None, None, seed, None, 1,
+                torch.empty_like(x_t), None,
+            )  # fmt: skip
 
 
 def test_refuses_what_it_does_not_take() -> None:
     x, rows, index = torch.randn(2, 3, 4, 4), ddpm_table(SCHEDULE).rows, torch.tensor([5])
 
-    def step(x_t: Tensor, output: Tensor, threshold: Tensor | None = None, out: Tensor | None = None) -> None:
+    def step(
+        x_t: Tensor,
+        output: Tensor,
+        threshold: Tensor | None = None,
+        out: Tensor | None = None,
+        noise: Tensor | None = None,
+        seed: Tensor | None = None,
+    ) -> None:
         out = torch.empty_like(x_t) if out is None else out
-        DENOISE["cuda"](x_t, output, None, rows, index, 0, 0, None, None, threshold, None, None, None, 1, out, None)
+        DENOISE["cuda"](x_t, output, None, rows, index, 0, 0, None, None, threshold, noise, seed, None, 1, out, None)
 
     with simulate.backend("cuda"):
         with pytest.raises(RuntimeError, match="model_output has 2 samples of 3 channels of 8 pixels"):
             step(x, x[:, :, :2])
         with pytest.raises(RuntimeError, match="model_output has a dtype that the kernels do not read"):
             step(x, x.double())
+        with pytest.raises(RuntimeError, match="model_output must be float32, float16 or bfloat16"):
+            step(x, x.byte())
+        with pytest.raises(RuntimeError, match="noise is given or drawn from a seed, not both"):
+            step(x, x, noise=x, seed=SEED)
         with pytest.raises(RuntimeError, match="x_t must be contiguous or channels_last"):
             step(x[..., ::2], x[..., ::2].contiguous())
         with pytest.raises(RuntimeError, match="threshold must be a contiguous float32 tensor of 2 elements"):
@@ -246,7 +321,7 @@ def test_registers_and_accesses(target: int) -> None:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_memory(dtype: torch.dtype, layout: str) -> None:
     """Three transfers of an image: the state and the output in, the new state out."""
     x_t = laid_out(torch.randn(1, 3, 32, 32), layout)

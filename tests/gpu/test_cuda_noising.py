@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -25,7 +28,7 @@ from .cuda_runs import (
     traced,
     under_every_schedule,
 )
-from .triton_runs import SEED, STREAM, blank, drawn_for, moved
+from .triton_runs import MANY, SEED, STREAM, blank, drawn_for, moved
 
 SCHEDULE = df.NoiseSchedule.linear(1000)
 
@@ -39,10 +42,12 @@ class Case:
     dtype: torch.dtype = torch.float32
     noise: tuple[torch.dtype, str] | None = None
     x0_layout: str | None = None  # where not x_t's
+    x0_dtype: torch.dtype | None = None  # where not x_t's
     offset: int = 0
 
     def __str__(self) -> str:
         parts = [shape_id(self.shape), self.layout, str(self.dtype)[6:]]
+        parts += [] if self.x0_dtype is None else [f"from-{str(self.x0_dtype)[6:]}"]
         parts += [] if self.x0_layout is None else [f"from-{self.x0_layout}"]
         parts += ["drawn"] if self.noise is None else [f"given-{str(self.noise[0])[6:]}-{self.noise[1]}"]
         return "-".join([*parts, *["misaligned"] * bool(self.offset)])
@@ -68,25 +73,56 @@ MORE_CASES = [
     Case((2, 3, 8, 8), "contiguous", torch.uint8, (torch.bfloat16, "channels_last"), "channels_last"),
     Case((5, 3), "contiguous", torch.bfloat16, (torch.float16, "contiguous"), offset=1),
 ]
-LOOPS = [
-    Case((2, 3, 150, 150)),
-    Case((40, 3, 30, 32), "channels_last", torch.bfloat16, None, "contiguous"),
-    Case((40, 3, 5, 5), "channels_last", torch.bfloat16),
-    Case((40, 3, 5, 5), "channels_last", torch.float16),
-]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled variant: the dtype of x_t, and whether x0 and the noise may have another, and another order."""
+
+    tiled: bool
+    dtype: torch.dtype
+    general: bool
+
+    def __str__(self) -> str:
+        return f"{'tiles' if self.tiled else 'flat'}-{str(self.dtype)[6:]}-{'general' if self.general else 'plain'}"
+
+
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+KERNELS = [Kernel(*options) for options in itertools.product((False, True), FLOATS, (False, True))]
+# Every rest of four and of eight elements, with all of the noise's rare words; more channels than a tile has.
+SMALL = [(6, 3, 1, pixels) for pixels in range(8, 16)]
+MANY_CHANNELS = (1, 258, 2, 2)
+# More samples, and pixels or elements of each, than a GPU of one multiprocessor takes in one go; more channels.
+LOOPS = {False: [(34, 3, 28, 28)], True: [(34, 5, 21, 21), (1, 8208, 1, 2)]}
+
+
+def ways(kernel: Kernel, shapes: Sequence[tuple[int, ...]], count: int) -> list[Case]:
+    """What a kernel makes x_t of, as many cases as there are shapes or more: every other choice is drawn."""
+    draw, cases = random.Random(0), []
+    layout, other = ("channels_last", "contiguous") if kernel.tiled else ("contiguous", "channels_last")
+    for k in range(count):
+        noise = x0_layout = x0_dtype = None
+        if kernel.general:
+            x0_dtype = draw.choice([*FLOATS, *[torch.uint8] * (kernel.dtype == torch.float32)])
+            x0_layout = other if x0_dtype == kernel.dtype else draw.choice((layout, other))
+        if not kernel.tiled and k % 2:
+            noise = (draw.choice(FLOATS), draw.choice((layout, other))) if kernel.general else (kernel.dtype, layout)
+        offset = draw.choice((0, 0, 1))
+        cases.append(Case(shapes[k % len(shapes)], layout, kernel.dtype, noise, x0_layout, x0_dtype, offset))
+    return cases
 
 
 def lay(tensor: Tensor, layout: str) -> Tensor:
     return laid_out(tensor, layout) if tensor.dim() == 4 else tensor
 
 
-def agrees(case: Case, target: int, processors: int | None = None) -> None:
-    shape, samples = case.shape, case.shape[0]
-    is_bytes = case.dtype == torch.uint8
-    result = torch.float32 if is_bytes else case.dtype
+def agrees(case: Case, target: int, processors: int | None = None, once: bool = False) -> None:
+    """once: under one schedule of the threads."""
+    shape, samples, x0_dtype = case.shape, case.shape[0], case.x0_dtype or case.dtype
+    is_bytes = x0_dtype == torch.uint8
     drawn = torch.randint(0, 256, shape) if is_bytes else torch.randn(shape)
-    x0 = moved(lay(drawn.to(case.dtype), case.x0_layout or case.layout), case.offset)
-    like = lay(torch.empty(shape, dtype=result), case.layout)
+    x0 = moved(lay(drawn.to(x0_dtype), case.x0_layout or case.layout), case.offset)
+    like = lay(torch.empty(shape, dtype=torch.float32 if is_bytes else case.dtype), case.layout)
     t, coefficients = torch.randint(0, 1000, (samples,)), SCHEDULE.noising_coefficients(torch.device("cpu"))
     ids, step = drawn_for(samples)
     given = None
@@ -102,12 +138,13 @@ def agrees(case: Case, target: int, processors: int | None = None) -> None:
         NOISING_RANDOM["cuda"](x0, t, coefficients, SEED, ids, step, STREAM, x_t, noise)
         return x_t, noise
 
-    got = under_every_schedule(q_sample, target, processors, samples)
+    got = under_every_schedule(q_sample, target, processors, MANY if once else samples)
     expected, noise = torch.empty_like(like), torch.empty_like(like)
+    wide = x0 if is_bytes else x0.float()  # the reference would round to x0's dtype first
     if given is not None:
-        reference.noising(x0, t, coefficients, given, expected)
+        reference.noising(wide, t, coefficients, given, expected)
     else:
-        reference.noising_random(x0, t, coefficients, SEED, ids, step, STREAM, expected, noise)
+        reference.noising_random(wide, t, coefficients, SEED, ids, step, STREAM, expected, noise)
         assert same_bits(got[1], noise)
     assert same_bits(got[0], expected)
 
@@ -117,9 +154,16 @@ def test_is_the_references_q_sample(case: Case) -> None:
     agrees(case, target=90)
 
 
-@pytest.mark.parametrize("case", LOOPS, ids=str)
-def test_loops_where_there_is_more_work_than_threads(case: Case) -> None:
-    agrees(case, target=90, processors=ONE_PROCESSOR)
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_every_source_of_x0_and_noise(kernel: Kernel) -> None:
+    for case in ways(kernel, [*SMALL, MANY_CHANNELS], 45):
+        agrees(case, target=90, once=True)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_loops_where_there_is_more_work_than_threads(kernel: Kernel) -> None:
+    for case in ways(kernel, LOOPS[kernel.tiled], len(LOOPS[kernel.tiled])):
+        agrees(case, target=90, processors=ONE_PROCESSOR, once=True)
 
 
 @pytest.mark.parametrize("target", [80, 120])
@@ -144,11 +188,15 @@ def test_the_public_function_runs_on_it() -> None:
     assert same_bits(noise, same)
 
 
-def test_a_timestep_outside_the_schedule_stops_the_kernel() -> None:
-    x0, coefficients = torch.randn(1, 4), SCHEDULE.noising_coefficients(torch.device("cpu"))
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_a_timestep_outside_the_schedule_stops_the_kernel(kernel: Kernel) -> None:
+    layout, other = ("channels_last", "contiguous") if kernel.tiled else ("contiguous", "channels_last")
+    x0 = laid_out(torch.randn(1, 3, 2, 2).to(kernel.dtype), other if kernel.general else layout)
+    x_t, noise = (laid_out(torch.empty_like(x0), layout) for _ in range(2))
+    coefficients, step = SCHEDULE.noising_coefficients(torch.device("cpu")), torch.tensor([1])
     for t in (-1, 1000):
         with simulate.backend("cuda"), pytest.raises(RuntimeError, match="trap"):
-            NOISING["cuda"](x0, torch.tensor([t]), coefficients, x0, torch.empty_like(x0))
+            NOISING_RANDOM["cuda"](x0, torch.tensor([t]), coefficients, SEED, None, step, STREAM, x_t, noise)
 
 
 def test_refuses_what_it_does_not_take() -> None:
@@ -159,6 +207,10 @@ def test_refuses_what_it_does_not_take() -> None:
             NOISING["cuda"](x0, t, table, torch.randn(2, 3, 4, 8), x_t)
         with pytest.raises(RuntimeError, match="coefficients must be a contiguous float32 tensor of 2 columns"):
             NOISING["cuda"](x0, t, table.double(), x0, x_t)
+        with pytest.raises(RuntimeError, match="noise must be float32, float16 or bfloat16"):
+            NOISING["cuda"](x0, t, table, x0.byte(), x_t)
+        with pytest.raises(RuntimeError, match="out must be float32 where x0 is uint8"):
+            NOISING["cuda"](x0.byte(), t, table, x0, x_t.half())
         with pytest.raises(RuntimeError, match="out must be float32, float16 or bfloat16"):
             NOISING["cuda"](x0, t, table, x0, x_t.byte())
         with pytest.raises(RuntimeError, match="noise must have the dtype and layout of the other results"):
@@ -179,13 +231,15 @@ def test_registers_and_accesses(target: int) -> None:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_memory(dtype: torch.dtype, layout: str) -> None:
-    """Three transfers of an image: x0 in, x_t and the noise out."""
+    """Three transfers of an image: x0 in, x_t and the noise out; or both in, and x_t out."""
     x0 = laid_out(torch.randn(1, 3, 32, 32).to(dtype), layout)
     coefficients = SCHEDULE.noising_coefficients(torch.device("cpu"))
     x_t, noise, zero = torch.empty_like(x0), torch.empty_like(x0), torch.tensor([0])
-    launch = traced(lambda: NOISING_RANDOM["cuda"](x0, zero, coefficients, SEED, None, zero, 2, x_t, noise))
-    assert launch.stats["st_bytes"] == bytes_of(launch, "st.global") == 2 * x0.nbytes
-    assert bytes_of(launch, "ld.global") == x0.nbytes
-    is_coalesced(launch)
+    drawn = traced(lambda: NOISING_RANDOM["cuda"](x0, zero, coefficients, SEED, None, zero, 2, x_t, noise))
+    given = traced(lambda: NOISING["cuda"](x0, zero, coefficients, noise, x_t))
+    for launch, read in ((drawn, 1), (given, 2)):
+        assert launch.stats["st_bytes"] == bytes_of(launch, "st.global") == (3 - read) * x0.nbytes
+        assert bytes_of(launch, "ld.global") == read * x0.nbytes
+        is_coalesced(launch)

@@ -15,9 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import ddpm_fast as df
+from ddpm_fast.ops.norm_act import NORM_ACT
 from tests.gpu import cuda_library, gates, simulate
 from tests.gpu.ptx import nvcc, sass
 from tests.gpu.ptx.build import CACHE, digest
@@ -122,8 +125,9 @@ def test_values_and_gradients_are_those_of_float64(case: Case, layout: str, targ
 @pytest.mark.parametrize("names", [(), ("weight", "bias"), ("embedding",), ("scale",), ("bias", "shift")], ids=str)
 def test_parameters_are_optional(names: tuple[str, ...], layout: str, target: int) -> None:
     case, dtype = ((2, 12, 5, 3), 3), dict(QUICK)[target]
-    inputs, grad = inputs_of(case, layout, dtype, names), laid_out(torch.randn(case[0]), layout).to(dtype)
-    for activation in ("silu", None):
+    given, grad = inputs_of(case, layout, dtype, names), laid_out(torch.randn(case[0]), layout).to(dtype)
+    for activation, parameter_dtype in (("silu", dtype), (None, torch.float32)):
+        inputs = {n: v if n == "x" else v.to(parameter_dtype) for n, v in given.items()}
         with simulate.backend("cuda", target):
             got = results(inputs, case[1], grad, activation=activation)
         check(case, inputs, grad, got, activation=activation)
@@ -155,8 +159,12 @@ def test_groups_of_several_launches(case: Case, layout: str) -> None:
 )
 def test_parameters_of_groups_of_several_launches(layout: str, target: int, dtype: torch.dtype) -> None:
     case: Case = ((2, 3201, 5, 1), 1)
-    x, grad = (laid_out(t, layout).to(dtype) for t in (torch.randn(case[0]) * 2 + 1, torch.randn(case[0])))
-    for names in ((), ("weight",), ("bias", "shift"), ("scale", "embedding"), NAMES):
+    noise, grad = (laid_out(torch.randn(case[0]), layout) for _ in range(2))
+    # A variance that eps counts beside, and in float32 a mean whose rounding counts beside the deviation.
+    near_eps = noise * 0.02 + (100 if dtype == torch.float32 else 0)
+    grad = grad.to(dtype)
+    for names in ((), ("bias", "shift"), ("scale",), ("weight", "bias", "shift", "embedding"), NAMES):
+        x = (noise * 2 + 1 if "embedding" in names else near_eps).to(dtype)
         for activation, parameter_dtype in (("silu", dtype), (None, torch.float32)):
             inputs = {"x": x, **parameters(case[0], parameter_dtype, names)}
             with simulate.backend("cuda", target) as launches:
@@ -194,6 +202,19 @@ def test_hard_inputs_lose_no_accuracy(kind: str, layout: str, target: int) -> No
     assert float((y - truth).abs().max()) < (1e-5 + (dtype != torch.float32) * torch.finfo(dtype).eps / 2) * scale
 
 
+@pytest.mark.parametrize(("target", "dtype"), QUICK, ids=[f"sm_{a}-{d}" for a, d in QUICK])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_embedding_may_move_the_mean_far(target: int, dtype: torch.dtype, layout: str) -> None:
+    """By so much that squares of differences to a value without it lose the variance; the sums are exact in float32."""
+    shape = (1, 10, 13, 13)
+    x = laid_out((torch.randn(shape) * 64).round() / 64, layout).to(dtype)
+    embedding = 4096.0 + torch.arange(10)[None]
+    truth = exact(x, 2, embedding=embedding)
+    with simulate.backend("cuda", target):
+        y = df.group_norm_silu(x, 2, embedding=embedding)
+    assert_close(y, truth, 1e-5)
+
+
 @pytest.mark.parametrize("kind", ["mean 1e3", "mean 1e5", "outlier first pixels", "variance near eps"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_of_hard_inputs(kind: str, layout: str) -> None:
@@ -211,16 +232,26 @@ def test_gradients_of_hard_inputs(kind: str, layout: str) -> None:
         assert (ours.double() - theirs).abs().max() < 2e-5 * scale, name
 
 
-def test_silu_over_its_whole_range() -> None:
+@pytest.mark.parametrize("shape", [(1, 1001, 4), (1, 1001, 5)], ids=["one launch", "several on sm_80"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("target", "dtype"), QUICK, ids=[f"sm_{a}-{d}" for a, d in QUICK])
+def test_silu_over_its_whole_range(target: int, dtype: torch.dtype, layout: str, shape: tuple[int, ...]) -> None:
     """A constant image makes z the shift itself; tolerance as for the CPU's kernel."""
-    z = torch.linspace(-110, 110, 4001).reshape(1, -1)
-    truth = torch.nn.functional.silu(z.double()).reshape(-1)
-    allowed = truth.abs() * (3e-7 + 1.4e-8 * z.reshape(-1).abs() + torch.finfo(torch.float32).eps / 2)
-    allowed = allowed + torch.finfo(torch.float32).smallest_normal * 90
-    for approx in (0, 1, -1):
-        with simulate.backend("cuda", 80, approx=approx):
-            y = df.group_norm_silu(torch.zeros(1, 4001, 1), 1, shift=z).reshape(-1)
-        assert bool(((y.double() - truth).abs() <= allowed).all())
+    inputs = {"x": laid_out(torch.zeros(shape), layout).to(dtype)}
+    inputs["shift"] = torch.linspace(-110, 110, shape[1]).reshape(1, -1).to(dtype)
+    grad = laid_out(torch.randn(shape), layout).to(dtype)
+    truth = leaves({n: v.double() for n, v in inputs.items()})
+    z = plain(truth["x"], 1, shift=truth["shift"])
+    gradients = list(torch.autograd.grad(z, list(truth.values()), grad.double()))
+    z = z.detach()
+    allowed = z.abs() * (3e-7 + 1.4e-8 * truth["shift"].detach().abs()[..., None] + torch.finfo(dtype).eps / 2)
+    allowed = allowed + torch.finfo(torch.float32).smallest_normal * 90 + torch.finfo(dtype).smallest_normal
+    for approx in (0, 1, -1) if dtype == torch.float32 else (0,):
+        with simulate.backend("cuda", target, approx=approx):
+            y, *got = results(inputs, 1, grad)
+        assert bool(((y.double() - z).abs() <= allowed).all())
+        if approx == 0:  # the derivative has a sigmoid's last place times z, which is 110 here
+            assert_gradients_close(tuple(inputs), got, gradients)
 
 
 def test_not_finite_is_as_in_eager_pytorch() -> None:
@@ -248,8 +279,10 @@ def test_no_bit_depends_on_the_alignment(layout: str, target: int, dtype: torch.
 
     with simulate.backend("cuda", target):
         aligned = results(inputs, case[1], grad)
-        misaligned = results({**inputs, "x": moved(inputs["x"])}, case[1], moved(grad))
-    assert all(same_bits(a, b) for a, b in zip(aligned, misaligned, strict=True))
+        x_misaligned = results({**inputs, "x": moved(inputs["x"])}, case[1], grad)
+        grad_misaligned = results(inputs, case[1], moved(grad))
+    for misaligned in (x_misaligned, grad_misaligned):
+        assert all(same_bits(a, b) for a, b in zip(aligned, misaligned, strict=True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -308,6 +341,13 @@ def test_no_sample_is_no_error() -> None:
         df.group_norm_silu(x, 4, weight, embedding=torch.randn(0, 8)).sum().backward()
     assert weight.grad is not None
     assert torch.equal(weight.grad, torch.zeros(8))
+
+
+def test_a_parameter_of_the_other_short_dtype_is_refused() -> None:
+    """The kernels are compiled for float32 and x's dtype."""
+    x, weight = torch.randn(2, 8, 4, 4).to(torch.float16), torch.ones(8, dtype=torch.bfloat16)
+    with simulate.backend("cuda", 80), pytest.raises(RuntimeError, match="weight must be float32 or of x's dtype"):
+        NORM_ACT["cuda"](x, 4, weight, None, None, None, None, 1e-5, 1, torch.empty_like(x), None, None)
 
 
 # ---- Bits ----
@@ -458,6 +498,18 @@ def plan_of(case: Case, layout: str, size: int, target: int, backward: bool) -> 
     last = int(layout == "channels_last")
     plan_library().plan_of(*sizes, last, size, SHARED_BYTES[target], int(target >= 90), int(backward), values)
     return dict(zip(FIELDS, values, strict=True))
+
+
+@settings(deadline=None)
+@given(by=st.integers(1, 2**31 - 1), most=st.integers(0, 2**63 - 1), rest=st.integers(-1, 1))
+def test_dividers_are_exact(by: int, most: int, rest: int) -> None:
+    """The kernels' arithmetic, next to multiples, where a quotient is wrong first."""
+    values = (ctypes.c_uint64 * 4)()
+    plan_library().dividers_of(ctypes.c_uint32(by), values)
+    for bits, multiplier, shift in ((32, *values[:2]), (64, *values[2:])):
+        n = min(max(most % 2 ** (bits - 1) // by * by + rest, 0), 2 ** (bits - 1) - 1)
+        assert multiplier < 2**bits
+        assert ((n * multiplier >> bits) + n) >> shift == n // by
 
 
 # Residual blocks of the usual networks, LayerNorm-like groups, and what is too large for anything.

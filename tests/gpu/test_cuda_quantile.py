@@ -15,12 +15,20 @@ from ddpm_fast.ops.quantile import ABS_QUANTILE
 from ..ops.common import laid_out, same_bits, shape_id
 from . import gates, simulate
 from .cuda_runs import ARCHITECTURES, ONE_PROCESSOR, has_room, is_vectorised, ptx_of, under_every_schedule
-from .triton_runs import moved
+from .triton_runs import MANY, moved
 
 # (shape, elements behind an aligned address): several blocks a sample, sizes no multiple of a vector, also of one
-# sample alone, which is read by vectors up to its end; one element; more samples than a GPU of one multiprocessor takes
-# in one go.
-CASES = [((2, 3, 64, 70), 0), ((3, 3, 17, 19), 1), ((1, 3, 17, 19), 0), ((300, 5), 0), ((2, 1), 0)]
+# sample alone, which is read by vectors up to its end, with every rest; one element; more samples than a GPU of one
+# multiprocessor takes in one go.
+CASES = [
+    ((2, 3, 64, 70), 0),
+    ((3, 3, 17, 19), 1),
+    ((1, 3, 17, 18), 0),
+    ((1, 3, 17, 19), 0),
+    ((2, 331), 0),
+    ((300, 5), 0),
+    ((2, 1), 0),
+]
 LOOPS = [((40, 3, 7, 7), 0), ((1, 3, 300, 300), 0)]
 
 
@@ -28,13 +36,15 @@ def case_id(case: tuple[tuple[int, ...], int]) -> str:
     return f"{shape_id(case[0])}-{'misaligned' if case[1] else 'aligned'}"
 
 
-def agrees(x: Tensor, q: float, target: int, processors: int | None = None) -> None:
+def agrees(x: Tensor, q: float, target: int, processors: int | None = None, once: bool = False) -> None:
+    """once: under one schedule of the threads."""
+
     def quantile() -> tuple[Tensor]:
         out = torch.full((x.shape[0],), math.nan)
         ABS_QUANTILE["cuda"](x, q, out)
         return (out,)
 
-    (got,) = under_every_schedule(quantile, target, processors, x.shape[0])
+    (got,) = under_every_schedule(quantile, target, processors, MANY if once else x.shape[0])
     expected = torch.empty_like(got)
     reference.abs_quantile(x, q, expected)
     assert same_bits(got, expected)
@@ -56,6 +66,25 @@ def test_magnitudes_of_every_size() -> None:
     x = torch.randint(0, 0x7F800001, (2, 1001), dtype=torch.int32).view(torch.float32)
     for q in (0.1, 0.5, 0.9):
         agrees(x, q, target=90)
+
+
+def test_the_value_may_lie_in_any_threads_bins() -> None:
+    """Of each sample, one of the three digits tells the values apart; a thread has neighbouring bins of each."""
+    thread = torch.arange(255)[:, None]  # there are none but NaNs in the last thread's bins of the first digit
+    digit = thread % 3
+    bins, each = torch.tensor([2040, 1024, 1024])[digit], torch.tensor([8, 4, 4])[digit]
+    first = thread * each
+    ends = (
+        [(0 * first, first)] * 16 + [(first, first + each)] + [(first + each, bins)] * 24
+    )  # of what is below and above
+    low, high = (torch.cat(columns, 1) for columns in zip(*ends, strict=True))
+    place = (low + torch.rand(255, 41) * (high - low)).long()
+    higher, lower = torch.randint(0, 1020, (255, 1)), torch.randint(0, 1024, (255, 41))
+    first_digit = torch.where(digit == 0, place, higher)
+    second_digit = torch.where(digit == 1, place, torch.where(digit == 0, lower, higher))
+    third_digit = torch.where(digit == 2, place, lower.flip(1))
+    keys = first_digit << 20 | second_digit << 10 | third_digit
+    agrees(keys.int().view(torch.float32)[:, torch.randperm(41)].contiguous(), 0.41, target=90, once=True)
 
 
 @pytest.mark.parametrize("target", [80, 120])

@@ -98,6 +98,9 @@ using std::min;
 template <class T> T __ldca(const T* from) { return *from; }
 template <class T> void __stwb(T* to, T value) { *to = value; }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>(uint64_t{a} * b >> 32); }
+inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
+  return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
+}
 inline int __ffs(int x) { return __builtin_ffs(x); }
 [[noreturn]] inline void __trap() { __builtin_trap(); }
 // -ffp-contract=off rounds each on its own.
