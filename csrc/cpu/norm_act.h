@@ -34,6 +34,10 @@ struct NormAct {
   int64_t units() const { return order == Order::kChannelsFirst ? samples * groups : samples; }
 };
 
+// SiLU's kernels take its argument z times this, -log2(e) / 2 in float32: exp(-z) is then a power of four, and what was
+// finite stays finite.
+constexpr double kSiluUnit = -0x1.715476p-1;
+
 // With v = x + embedding, z = (v - center) * factor + offset, in float32.
 struct ChannelCoefficients {
   float embedding, center, factor, offset;
@@ -44,24 +48,26 @@ inline float plain(double value) {
   return value == value ? static_cast<float>(value) : std::numeric_limits<float>::quiet_NaN();
 }
 
-// The parameters of one sample's channels, and what they come to.
+// The parameters of one sample's channels, and what they come to; z is wanted times `unit`.
 class Channels {
  public:
-  Channels(const NormAct& op, int64_t sample)
-      : weight_(op.weight.row(sample)),
+  Channels(const NormAct& op, int64_t sample, double unit = 1.0)
+      : unit_(unit),
+        weight_(op.weight.row(sample)),
         bias_(op.bias.row(sample)),
         scale_(op.scale.row(sample)),
         shift_(op.shift.row(sample)),
         embedding_(op.embedding.row(sample)) {}
   ChannelCoefficients coefficients(int64_t channel, double mean, double rstd) const {
-    const double one_plus_scale = scale_ ? 1.0 + scale_[channel] : 1.0;
+    const double one_plus_scale = (scale_ ? 1.0 + scale_[channel] : 1.0) * unit_;
     const double factor = (weight_ ? rstd * weight_[channel] : rstd) * one_plus_scale;
-    const double offset = (bias_ ? bias_[channel] * one_plus_scale : 0.0) + (shift_ ? shift_[channel] : 0.0);
+    const double offset = (bias_ ? bias_[channel] * one_plus_scale : 0.0) + (shift_ ? shift_[channel] * unit_ : 0.0);
     return {embedding_ ? plain(embedding_[channel]) : 0.0f, plain(mean), plain(factor),
             plain(offset - below_float(mean) * factor)};
   }
 
  private:
+  double unit_;
   const float *weight_, *bias_, *scale_, *shift_, *embedding_;
 };
 

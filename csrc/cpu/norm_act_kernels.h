@@ -111,8 +111,10 @@ static Moments piece_moments(const T* x, const float* embedding, int64_t channel
                        static_cast<double>(channels * pixels));
 }
 
+// The unit that `activate` takes z in.
+template <bool kActivation> constexpr double kUnitOfZ = kActivation ? kSiluUnit : 1.0;
 template <bool kActivation> DDPM_FAST_INLINE F activate(F z) {
-  if constexpr (kActivation) return silu(z);
+  if constexpr (kActivation) return silu_in_units(z);
   return z;
 }
 
@@ -291,12 +293,13 @@ DDPM_FAST_INLINE void apply_row(const T* x, T* out, int64_t n, const float* embe
   }
 }
 
-// Each coefficient of a sample's channels as a row.
+// Each coefficient of a sample's channels as a row; z is wanted times `unit`.
 class RowCoefficients {
  public:
-  RowCoefficients(const NormAct& op, const Chunks& chunks, int64_t sample, const double* mean, const double* rstd)
+  RowCoefficients(const NormAct& op, const Chunks& chunks, int64_t sample, const double* mean, const double* rstd,
+                  double unit = 1.0)
       : rows_(chunks.row()), embedded_(op.embedding.data != nullptr) {
-    const Channels channels(op, sample);
+    const Channels channels(op, sample, unit);
     for (int64_t g = 0, c = 0; g < op.groups; ++g)
       for (const int64_t end = c + op.width(); c < end; ++c) {
         const ChannelCoefficients k = channels.coefficients(c, mean[g], rstd[g]);
@@ -362,7 +365,7 @@ static void apply_parts(const NormAct& op, const T* x, T* out, int64_t unit, int
     const Pieces pieces(op.width(), op.pixels);
     const int64_t channel = unit % op.groups * op.width();
     const int64_t ahead = elements_ahead<T>(op.group_size());
-    const Channels channels(op, unit / op.groups);
+    const Channels channels(op, unit / op.groups, kUnitOfZ<kActivation>);
     for (int64_t i = end - 1; i >= begin; --i)
       for (int64_t c = pieces.channel(i); c < pieces.channel(i) + pieces.channels(i); ++c) {
         const int64_t at = c * op.pixels + pieces.pixel(i);
@@ -374,7 +377,7 @@ static void apply_parts(const NormAct& op, const T* x, T* out, int64_t unit, int
   const Chunks chunks(op);
   const int64_t row = chunks.row();
   const int64_t ahead = elements_ahead<T>(op.channels * op.pixels);
-  RowCoefficients k(op, chunks, unit, mean, rstd);
+  RowCoefficients k(op, chunks, unit, mean, rstd, kUnitOfZ<kActivation>);
   for (int64_t i = end - 1; i >= begin; --i) {
     const int64_t first = chunks.pixel(i) * op.channels, size = chunks.pixels(i) * op.channels;
     for (int64_t at = first; at < first + size; at += row)

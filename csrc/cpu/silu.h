@@ -2,24 +2,51 @@
 namespace ddpm_fast {
 namespace DDPM_FAST_ISA {
 
-// 1 + exp(-z), to a relative 1.4e-7 and 1.4e-8 |z| more, what float32's log2(e) lacks; infinite from z = -88.69
-// downwards, where z / infinity is -0 as it should be. 2^t is 2^n 2^(k / 8) p(t - n - k / 8): p is a minimax polynomial
-// of ours on [-1/16, 1/16], 8 n + k comes out of a sum's low bits, and the table holds the bits of 2^(k / 8) less what
-// k, shifted along with n, adds to them.
-DDPM_FAST_INLINE F one_plus_exp_neg(F z) {
-  constexpr float kRound = 1572864.0f;  // 1.5 * 2^20: one unit in the last place is 1/8
+// 2 u = 2 rest + r, r in eighths; power = 2^r, infinite from r = 128 on, anything small where it cannot count beside 1.
+struct Power {
+  F power, rest;
+};
+
+// r comes out of a sum, whose low bits are its eighths: they choose 2^(k / 8) from a table. All instruction sets give
+// the same bits wherever 1 + 2^r differs from 1 and from infinity.
+constexpr float kRoundToEighths = 1572864.0f;  // 1.5 * 2^20: one unit in the last place is 1/8
+#if defined(DDPM_FAST_ISA_AVX512)
+DDPM_FAST_INLINE Power power_of_four(F u) {
+  alignas(64) static constexpr float kTable[kLanes] = {
+      1.0f, 0x1.172b84p+0f, 0x1.306fe0p+0f, 0x1.4bfdaep+0f, 0x1.6a09e6p+0f, 0x1.8ace54p+0f, 0x1.ae89fap+0f, 0x1.d5818ep+0f,
+      1.0f, 0x1.172b84p+0f, 0x1.306fe0p+0f, 0x1.4bfdaep+0f, 0x1.6a09e6p+0f, 0x1.8ace54p+0f, 0x1.ae89fap+0f, 0x1.d5818ep+0f};
+  const F t = fma(u, splat(2.0f), splat(kRoundToEighths));
+  const __m512 eighth = _mm512_permutexvar_ps(bits(t).v, load(kTable).v);
+  constexpr int kSixteenths = 4 << 4;  // four bits of fraction, rounded to nearest
+  return {{_mm512_scalef_ps(eighth, (t - kRoundToEighths).v)}, {_mm512_reduce_ps(u.v, kSixteenths)}};
+}
+#else
+// Here 2^n is shifted into place and added to the bits of 2^(k / 8) less what k, shifted along with n, adds.
+DDPM_FAST_INLINE Power power_of_four(F u) {
   alignas(64) static constexpr uint32_t kTable[kLanes] = {
       0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7,
       0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
-  const F y = min(max(z, -88.72f), 87.0f);
-  const F t = fma(y, splat(-0x1.715476p+0f), splat(kRound));
-  const F f = fma(y, splat(-0x1.715476p+0f), kRound - t);
-  F p = fma(splat(0x1.c690ccp-5f), f, splat(0x1.ec0c22p-3f));
-  p = fma(p, f, splat(0x1.62e432p-1f));
-  p = fma(p, f, splat(1.0f));
-  const U power = lookup8(load(kTable), bits(t)) + shift_left<20>(bits(t));
-  return fma(p, from_bits(power), splat(1.0f));
+  const F bounded = min(max(u, -63.0f), 64.0f);
+  const F t = fma(bounded, splat(2.0f), splat(kRoundToEighths));
+  return {from_bits(lookup8(load(kTable), bits(t)) + shift_left<20>(bits(t))),
+          fma(t - kRoundToEighths, splat(-0.5f), bounded)};
 }
+#endif
+
+// factor * (1 + 4^u), to a relative 1.4e-7; the polynomial, a minimax one of ours on [-1/32, 1/32], is that of 4^u.
+DDPM_FAST_INLINE F one_plus_power_of_four(F u, double factor) {
+  const auto times = [factor](double coefficient) { return splat(static_cast<float>(factor * coefficient)); };
+  const Power whole = power_of_four(u);
+  F p = fma(times(0x1.c690ccp-2), whole.rest, times(0x1.ec0c22p-1));
+  p = fma(p, whole.rest, times(0x1.62e432p+0));
+  p = fma(p, whole.rest, times(1.0));
+  return fma(p, whole.power, times(1.0));
+}
+
+// SiLU of z, from u = kSiluUnit z.
+DDPM_FAST_INLINE F silu_in_units(F u) { return u / one_plus_power_of_four(u, kSiluUnit); }
+
+DDPM_FAST_INLINE F one_plus_exp_neg(F z) { return one_plus_power_of_four(z * static_cast<float>(kSiluUnit), 1.0); }
 
 DDPM_FAST_INLINE F silu(F z) { return z / one_plus_exp_neg(z); }
 
