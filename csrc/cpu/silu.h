@@ -2,23 +2,23 @@
 namespace ddpm_fast {
 namespace DDPM_FAST_ISA {
 
-// 2 u = 2 rest + r, r in eighths; power = 2^r, infinite from r = 128 on, anything small where it cannot count beside 1.
+// u = rest + r, r in sixteenths; power = 4^r, infinite from r = 64 on, anything small where it cannot count beside 1.
 struct Power {
   F power, rest;
 };
 
-// r comes out of a sum, whose low bits are its eighths: they choose 2^(k / 8) from a table. All instruction sets give
-// the same bits wherever 1 + 2^r differs from 1 and from infinity.
-constexpr float kRoundToEighths = 1572864.0f;  // 1.5 * 2^20: one unit in the last place is 1/8
+// r comes out of a sum, whose low bits are the eighths of 2 r: they choose 2^(k / 8) from a table. All instruction sets
+// give the same bits wherever 1 + 4^r differs from 1 and from infinity.
 #if defined(DDPM_FAST_ISA_AVX512)
 DDPM_FAST_INLINE Power power_of_four(F u) {
   alignas(64) static constexpr float kTable[kLanes] = {
       1.0f, 0x1.172b84p+0f, 0x1.306fe0p+0f, 0x1.4bfdaep+0f, 0x1.6a09e6p+0f, 0x1.8ace54p+0f, 0x1.ae89fap+0f, 0x1.d5818ep+0f,
       1.0f, 0x1.172b84p+0f, 0x1.306fe0p+0f, 0x1.4bfdaep+0f, 0x1.6a09e6p+0f, 0x1.8ace54p+0f, 0x1.ae89fap+0f, 0x1.d5818ep+0f};
-  const F t = fma(u, splat(2.0f), splat(kRoundToEighths));
+  constexpr float kRound = 1572864.0f;  // 1.5 * 2^20: one unit in the last place is 1/8
+  const F t = fma(u, splat(2.0f), splat(kRound));
   const __m512 eighth = _mm512_permutexvar_ps(bits(t).v, load(kTable).v);
   constexpr int kSixteenths = 4 << 4;  // four bits of fraction, rounded to nearest
-  return {{_mm512_scalef_ps(eighth, (t - kRoundToEighths).v)}, {_mm512_reduce_ps(u.v, kSixteenths)}};
+  return {{_mm512_scalef_ps(eighth, (t - kRound).v)}, {_mm512_reduce_ps(u.v, kSixteenths)}};
 }
 #else
 // Here 2^n is shifted into place and added to the bits of 2^(k / 8) less what k, shifted along with n, adds.
@@ -26,10 +26,10 @@ DDPM_FAST_INLINE Power power_of_four(F u) {
   alignas(64) static constexpr uint32_t kTable[kLanes] = {
       0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7,
       0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
+  constexpr float kRound = 786432.0f;  // 1.5 * 2^19: one unit in the last place is 1/16
   const F bounded = min(max(u, -63.0f), 64.0f);
-  const F t = fma(bounded, splat(2.0f), splat(kRoundToEighths));
-  return {from_bits(lookup8(load(kTable), bits(t)) + shift_left<20>(bits(t))),
-          fma(t - kRoundToEighths, splat(-0.5f), bounded)};
+  const F t = bounded + kRound;
+  return {from_bits(lookup8(load(kTable), bits(t)) + shift_left<20>(bits(t))), bounded - (t - kRound)};
 }
 #endif
 
