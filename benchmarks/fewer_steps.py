@@ -9,7 +9,6 @@ thread draws, and its processor time is counted: another program on the machine 
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -18,6 +17,8 @@ from typing import Any
 import torch
 
 import ddpm_fast as df
+from benchmarks import study
+from benchmarks.study import Row
 from ddpm_fast.cli.evaluate import real_images
 from ddpm_fast.cli.network import open_network
 from ddpm_fast.evaluation import evaluate, to_uint8, train_classifier
@@ -27,10 +28,8 @@ RUNS += [("ddpm", 50)]
 NAMES = {"ddim": "DDIM", "dpmpp_2m": "DPM-Solver++(2M)", "ddpm": "DDPM, ancestral"}
 BATCH = 50
 
-Row = dict[str, Any]
 
-
-def draw(solver: str, steps: int, count: int) -> tuple[torch.Tensor, float]:
+def sample(solver: str, steps: int, count: int) -> tuple[torch.Tensor, float]:
     """The samples, and the processor seconds that they took."""
     network = open_network(None)
     sampler = df.Sampler(network.model.eval(), network.schedule, solver=solver, steps=steps)
@@ -50,7 +49,7 @@ def measure(data: Path, count: int, file: Path) -> None:
     for solver, steps in RUNS:
         if (solver, steps) in done:
             continue
-        x, seconds = draw(solver, steps, count)
+        x, seconds = sample(solver, steps, count)
         scores = evaluate(to_uint8(x), train, test, classifier=classifier)
         rows.append(
             {
@@ -63,7 +62,7 @@ def measure(data: Path, count: int, file: Path) -> None:
                 "confidence": scores.samples.confidence,
             }
         )
-        file.write_text(json.dumps(rows, indent=1) + "\n")
+        study.save(rows, file)
 
 
 def table(rows: list[Row]) -> str:
@@ -77,13 +76,7 @@ def table(rows: list[Row]) -> str:
     return "\n".join([*lines, "", f"{images} images each; {images} real test images: {rows[0]['frechet_test']:.1f}"])
 
 
-def plot(rows: list[Row], file: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(5.2, 3.4), dpi=90, layout="constrained")
+def draw(rows: list[Row], axes: Any) -> None:
     for solver, name in NAMES.items():
         own = sorted((row for row in rows if row["solver"] == solver), key=lambda row: row["steps"])
         milliseconds = [1e3 * row["seconds"] / row["images"] for row in own]
@@ -92,23 +85,16 @@ def plot(rows: list[Row], file: Path) -> None:
             axes.annotate(str(row["steps"]), (x, row["frechet"]), textcoords="offset points", xytext=(4, 4), fontsize=8)
     axes.axhline(rows[0]["frechet_test"], color="grey", linestyle=":", label="real test images")
     axes.set(xscale="log", yscale="log", xlabel="processor milliseconds an image", ylabel="Frechet distance")
-    axes.legend(fontsize=8)
-    figure.savefig(file)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.fewer_steps", description=__doc__)
-    parser.add_argument("--json", type=Path, required=True, help="the measurements")
+    parser = study.parser("fewer_steps", __doc__)
     parser.add_argument("--data", type=Path, help="measure: the folder of Fashion-MNIST's IDX files")
     parser.add_argument("-n", type=int, default=1000, help="images for each solver and number of steps")
-    parser.add_argument("--plot", type=Path, help="draw the measurements into this file")
     arguments = parser.parse_args()
     if arguments.data is not None:
         measure(arguments.data, arguments.n, arguments.json)
-    rows = json.loads(arguments.json.read_text())
-    print(table(rows))
-    if arguments.plot is not None:
-        plot(rows, arguments.plot)
+    study.show(arguments, table, draw)
 
 
 if __name__ == "__main__":

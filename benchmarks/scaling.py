@@ -8,23 +8,20 @@ number of threads; a run is its steps. `ddpm-fast sample --estimate` needs no mo
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
 import ddpm_fast as df
+from benchmarks import study
+from benchmarks.study import Row
 from ddpm_fast.cli.network import open_network
 
 BATCHES = [(samples, 28) for samples in (1, 2, 4, 8, 16, 32)]
 SIDES = [(4, side) for side in (16, 20, 40, 56)]
 STEPS = 4
-
-Row = dict[str, Any]
 
 
 def measure(seconds: float) -> list[Row]:
@@ -68,13 +65,7 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: list[Row], file: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(5.2, 3.4), dpi=90, layout="constrained")
+def draw(rows: list[Row], axes: Any) -> None:
     for count in sorted({row["threads"] for row in rows}):
         own = [row for row in rows if row["threads"] == count]
         a, b = fit(own)
@@ -88,22 +79,15 @@ def plot(rows: list[Row], file: Path) -> None:
         ends = sorted(row["samples"] * row["side"] ** 2 for row in own)
         axes.plot(ends, [1e3 * (a + b * n) for n in ends], color=f"C{count - 1}", linewidth=1)
     axes.set(xscale="log", yscale="log", xlabel="images x pixels", ylabel="ms a step")
-    axes.legend(fontsize=8)
-    figure.savefig(file)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
-    parser.add_argument("--json", type=Path, required=True, help="the measurements: read where the file is there")
-    parser.add_argument("--plot", type=Path, help="draw them into this file")
+    parser = study.parser("scaling", __doc__)
     parser.add_argument("--seconds", type=float, default=40.0, help="how long to measure")
     arguments = parser.parse_args()
     if not arguments.json.exists():
-        arguments.json.write_text(json.dumps(measure(arguments.seconds), indent=1) + "\n")
-    rows = json.loads(arguments.json.read_text())
-    print(table(rows))
-    if arguments.plot is not None:
-        plot(rows, arguments.plot)
+        study.save(measure(arguments.seconds), arguments.json)
+    study.show(arguments, table, draw)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is installed and how: builds with and without a compiler, the portable build, the documents' code."""
+"""Builds with and without compilers, the portable build, make's targets, the documents' code."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -200,44 +198,6 @@ def test_nvcc_from_pip_is_taken_only_where_cuda_is_asked_for(tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     assert "the CPU extension was not built" in done.stderr
     assert "the CUDA extension" not in done.stderr  # a torch with CUDA has warnings of its own about CUDA_HOME
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc on the path")
-def test_one_wheel_holds_both_extensions_and_everything_else(tmp_path: Path) -> None:
-    """For every Python from 3.10 and every torch from 2.10 on: the limited API, the stable ABI."""
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path)
-    for name in ("csrc", "ddpm_fast"):
-        ignored = shutil.ignore_patterns("_C*", "_cuda*", "__pycache__")
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
-    environment = {**os.environ, "DDPM_FAST_CUDA": "1", "DDPM_FAST_CUDA_ARCHS": "80"}
-    command = [sys.executable, "setup.py", "-q", "bdist_wheel"]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, env=environment)
-    (wheel,) = (tmp_path / "dist").glob("*.whl")
-    assert "-cp310-abi3-linux_" in wheel.name
-    with zipfile.ZipFile(wheel) as archive:
-        names = set(archive.namelist())
-    package = (path for path in (ROOT / "ddpm_fast").rglob("*") if path.suffix in (".py", ".typed", ".safetensors"))
-    assert {str(path.relative_to(ROOT)) for path in package} <= names
-    assert {"ddpm_fast/_C.abi3.so", "ddpm_fast/_cuda.abi3.so"} <= names
-    assert not [name for name in names if name.endswith((".cu", ".cuh", ".cpp", ".h", ".o"))]
-
-
-def test_the_sdist_holds_what_the_build_needs(tmp_path: Path) -> None:
-    tracked = ["setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile"]
-    for name in tracked:
-        shutil.copy(ROOT / name, tmp_path)
-    for name in ("csrc", "ddpm_fast"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("_C*", "_cuda*", "__pycache__"))
-    command = [sys.executable, "setup.py", "-q", "sdist"]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, env=dict(os.environ))
-    (archive,) = (tmp_path / "dist").glob("*.tar.gz")
-    with tarfile.open(archive) as tar:
-        names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
-    needed = [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()]
-    assert {"csrc/include/ddpm_fast/philox.h", "csrc/cuda/denoise.cu", "csrc/cuda/noise.cuh"} <= set(needed)
-    assert {*needed, *tracked, "ddpm_fast/py.typed", "ddpm_fast/__main__.py"} <= names
 
 
 def test_the_versions_agree() -> None:

@@ -21,6 +21,8 @@ struct BoundLanes {
   F x0, predicted, error, mean, difference, log_variance;
 };
 
+namespace {  // like what it refers to
+
 class BoundTile {
  public:
   BoundTile(const Bound& op, int64_t sample, int64_t first, int64_t count, float* const (&buffers)[4]) : op_(op) {
@@ -120,6 +122,8 @@ class BoundTile {
   bool decoding_, from_bytes_;
   const float *x0_, *x_t_, *output_, *values_;
 };
+
+}  // namespace
 
 // The first n lanes, the others 0.
 DDPM_FAST_INLINE F first_lanes(F a, int n) {
