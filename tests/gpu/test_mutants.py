@@ -9,6 +9,7 @@ import pytest
 
 from tests.gpu import mutants
 from tests.gpu.equivalent import MachineCode
+from tests.gpu.known_bits import KnownBits
 from tests.gpu.mutants import MutatedModule
 from tests.gpu.ptx import Module, nvcc
 from tests.gpu.ptx.parse import Parsed
@@ -139,4 +140,83 @@ def test_what_compiles_to_the_same_is_no_mutant() -> None:
         "add.s32 %r2, %r1, 7 -> sub.s32 %r2, %r1, 7",
         "add.s32 %r2, %r1, 7 -> add.s32 %r2, %r1, 8",
         "shr.s32 %r3, %r1, 31 -> shr.s32 %r3, %r1, 32",
+    }
+
+
+# Numbers of which bits are known, and of which none are: one is written twice, others are signed or come by way of a
+# float.
+INDICES = """
+.version 8.0
+.target sm_90
+.address_size 64
+.visible .entry kernel(.param .u64 out)
+.reqntid 32
+{
+  .reg .pred %p<6>;
+  .reg .b32 %r<30>;
+  .reg .f32 %f<2>;
+  .reg .b64 %rd<5>;
+  ld.param.u64 %rd1, [out];
+  mov.u32 %r1, %tid.x;
+  mul.wide.u32 %rd2, %r1, 32;
+  add.s64 %rd3, %rd1, %rd2;
+  shl.b32 %r2, %r1, 2;
+  or.b32 %r3, %r2, 3;
+  setp.lt.u32 %p1, %r3, 16;
+  setp.lt.u32 %p2, %r3, 19;
+  add.s32 %r4, %r3, -4;
+  setp.gt.s32 %p3, %r4, -2;
+  setp.gt.s32 %p4, %r4, -1;
+  selp.b32 %r5, 1, 0, %p1;
+  selp.b32 %r6, 2, %r5, %p2;
+  selp.b32 %r7, 4, %r6, %p3;
+  selp.b32 %r8, 8, %r7, %p4;
+  st.global.u32 [%rd3], %r8;
+  and.b32 %r9, %r2, 12;
+  and.b32 %r10, %r1, 12;
+  st.global.u32 [%rd3+4], %r9;
+  st.global.u32 [%rd3+8], %r10;
+  bfe.u32 %r11, %r1, 3, 2;
+  xor.b32 %r12, %r2, %r11;
+  shr.u32 %r13, %r1, 1;
+  xor.b32 %r14, %r2, %r13;
+  st.global.u32 [%rd3+12], %r12;
+  st.global.u32 [%rd3+16], %r14;
+  mov.u32 %r15, 16;
+  add.s32 %r15, %r15, %r1;
+  and.b32 %r16, %r15, 2;
+  cvt.rn.f32.u32 %f1, %r1;
+  cvt.rzi.u32.f32 %r17, %f1;
+  and.b32 %r18, %r17, 2;
+  sub.s32 %r19, 15, %r1;
+  shr.s32 %r20, %r19, 3;
+  and.b32 %r21, %r20, 4;
+  xor.b32 %r22, %r16, %r18;
+  st.global.u32 [%rd3+20], %r22;
+  st.global.u32 [%rd3+24], %r21;
+  ret;
+}
+"""
+
+
+def test_bits_that_are_known_tell_what_is_no_mutant() -> None:
+    mutated = MutatedModule(INDICES, "kernel", most=1000)
+    known = KnownBits(mutated.kernels["kernel"])
+
+    def result(number: int | None) -> list[int]:
+        out = np.zeros((32, 8), np.int32)
+        mutated.alive = number
+        mutated.launch("kernel", 1, 32, [out])
+        return [int(n) for n in out.reshape(-1)]
+
+    same = {
+        number: str(mutant).partition(": ")[2] for number, mutant in mutated.mutants.items() if known.is_same(mutant)
+    }
+    assert all(result(number) == result(None) for number in same)
+    assert set(same.values()) == {
+        "setp.lt.u32 %p1, %r3, 16 -> setp.le.u32 %p1, %r3, 16",
+        "setp.gt.s32 %p3, %r4, -2 -> setp.ge.s32 %p3, %r4, -2",
+        "and.b32 %r9, %r2, 12 -> and.b32 %r9, %r2, 13",
+        "bfe.u32 %r11, %r1, 3, 2 -> bfe.u32 %r11, %r1, 3, 3",
+        "xor.b32 %r12, %r2, %r11 -> or.b32 %r12, %r2, %r11",
     }

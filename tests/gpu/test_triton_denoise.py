@@ -43,8 +43,17 @@ class Case:
 
 
 CASES = [
-    Case((7, 3, 32, 16)),
-    Case((7, 3, 32, 16), "channels_last", "channels_last", torch.bfloat16, "v", "learned_range", guided=True),
+    Case((7, 3, 32, 16), wants_x0=True),
+    Case(
+        (7, 3, 32, 16),
+        "channels_last",
+        "channels_last",
+        torch.bfloat16,
+        "v",
+        "learned_range",
+        guided=True,
+        wants_x0=True,
+    ),
     Case((2, 3, 17, 19), "channels_last", "contiguous", torch.float16, "x_prev", "learned", wants_x0=True, offset=1),
     Case((2, 3, 32, 48), "contiguous", "contiguous", torch.bfloat16, "x0", "learned_range", "given", True, "threshold"),
     Case((3, 3, 9, 11), "contiguous", "channels_last", torch.float16, "v", "fixed", "none", False, "none", True),
@@ -66,7 +75,8 @@ MORE_CASES = [
 ]
 
 
-def agrees(case: Case, target: int) -> None:
+def agrees(case: Case, target: int, zeros: bool = False) -> None:
+    """zeros: of either sign in all inputs, and for the bounds."""
     shape, samples = case.shape, case.shape[0]
     learned = "fixed_small" if case.variance == "fixed" else case.variance
     rows = ddpm_table(SCHEDULE, variance=learned, prediction=case.prediction, guidance_scale=3.0).rows
@@ -77,14 +87,18 @@ def agrees(case: Case, target: int) -> None:
     def lay(tensor: Tensor, layout: str) -> Tensor:
         return laid_out(tensor, layout) if len(shape) == 4 else tensor
 
-    x_t = moved(lay(torch.randn(shape), case.layout), case.offset)
-    predicted = torch.randn(wide)
+    def values(shape: tuple[int, ...]) -> Tensor:
+        return torch.zeros(shape).copysign(torch.randn(shape)) if zeros else torch.randn(shape)
+
+    x_t = moved(lay(values(shape), case.layout), case.offset)
+    predicted = values(wide)
     predicted[:, shape[1] :, ..., ::2] *= 60  # logarithms of variances, also where the exponential is clamped
     output = moved(lay(predicted.to(case.dtype), case.output_layout), case.offset)
-    unconditional = lay(torch.randn(wide).to(case.dtype), case.output_layout) if case.guided else None
+    unconditional = lay(values(wide).to(case.dtype), case.output_layout) if case.guided else None
     noise = lay(torch.randn(shape), case.output_layout) if case.noise == "given" else None
     threshold = 1 + torch.rand(samples) if case.bound == "threshold" else None
-    clip = (-1.0, 0.9) if case.bound == "clip" else (None, None)
+    bounds = (0.0, -0.0) if zeros else (-1.0, 0.9)
+    clip = bounds if case.bound == "clip" else (None, None)
     seed = SEED if case.noise == "seed" else None
     arguments = (
         x_t, output, unconditional, rows, index, reference.PREDICTIONS.index(case.prediction),
@@ -106,6 +120,11 @@ def agrees(case: Case, target: int) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_is_the_references_step(case: Case) -> None:
     agrees(case, target=90)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.bound == "clip" and case.wants_x0], ids=str)
+def test_a_zero_at_a_bound_keeps_its_sign(case: Case) -> None:
+    agrees(case, target=90, zeros=True)
 
 
 @pytest.mark.parametrize("target", [80, 120])

@@ -19,8 +19,8 @@ COEFFICIENTS = df.NoiseSchedule.linear(1000).noising_coefficients(torch.device("
 # shape, layout, x0's dtype, elements behind an aligned address
 MADE = [
     ((6, 3, 32, 16), "contiguous", torch.float32, 0),
-    ((6, 3, 17, 17), "channels_last", torch.float16, 1),
-    ((6, 4, 12, 20), "channels_last", torch.uint8, 0),
+    ((6, 4, 17, 17), "channels_last", torch.float16, 1),
+    ((6, 3, 12, 20), "channels_last", torch.uint8, 0),
     ((2, 3, 5, 7, 9), "contiguous", torch.bfloat16, 0),
 ]
 # ... and the noise's layout and dtype
@@ -66,6 +66,12 @@ def makes_the_noise(case: Case, target: int) -> None:
 @pytest.mark.parametrize("case", MADE, ids=case_id)
 def test_made_noise_and_the_state_have_the_references_bits(case: Case) -> None:
     makes_the_noise(case, target=90)
+
+
+def test_a_sample_ends_anywhere_in_a_tile() -> None:
+    """As in the test of that name of the noise: a tile has 252 pixels of 4 channels."""
+    for eighth in range(8):
+        makes_the_noise(((2, 4, 253 + 32 * eighth, 1), "channels_last", torch.float16, 1), target=90)
 
 
 @pytest.mark.slow

@@ -13,7 +13,15 @@ import ddpm_fast as df
 from ddpm_fast.backends.triton import _layout, _norm
 from ddpm_fast.ops.norm_act import NORM_ACT, NORM_ACT_BACKWARD
 from tests.gpu import gates, simulate
-from tests.gpu.triton_runs import ARCHITECTURES, assert_rounded_once, blank, moved, under_every_schedule
+from tests.gpu.triton_runs import (
+    ARCHITECTURES,
+    assert_close_beside_extremes,
+    assert_rounded_once,
+    blank,
+    moved,
+    under_every_schedule,
+    with_extremes,
+)
 from tests.ops.common import same_bits, shape_id
 from tests.ops.norms import assert_close, laid_out
 from tests.ops.test_norm_act import HARD, NAMES, exact, parameters, plain
@@ -32,26 +40,38 @@ class Case:
     names: tuple[str, ...] = NAMES
     activation: int = 1
     mean: float = 1.0
+    spread: float = 2.0
     offset: int = 0
 
     def __str__(self) -> str:
-        parts = [shape_id(self.shape), f"G{self.groups}", self.layout, str(self.dtype)[6:], f"mean{self.mean:g}"]
+        parts = [
+            shape_id(self.shape),
+            f"G{self.groups}",
+            self.layout,
+            str(self.dtype)[6:],
+            f"mean{self.mean:g}+-{self.spread:g}",
+        ]
         return "-".join([*parts, *(["silu"] if self.activation else []), *self.names, *["misaligned"] * self.offset])
 
     def inputs(self) -> tuple[Tensor, dict[str, Tensor]]:
-        x = laid_out(torch.randn(self.shape) * 2 + self.mean, self.layout).to(self.dtype)
+        x = laid_out(torch.randn(self.shape) * self.spread + self.mean, self.layout).to(self.dtype)
         given = parameters(self.shape, self.dtype, self.names)
         if "scale" in given:  # parameters may be float32 whatever x is
             given["scale"] = given["scale"].float()
+        if "embedding" in given:
+            given["embedding"] *= self.spread / 2
+        if "shift" in given and self.dtype == torch.float32:
+            given["shift"] = with_extremes(given["shift"])
         return moved(x, self.offset), given
 
 
-# More than 256 samples, groups of no power of two of channels and pixels, nothing aligned; groups side by side in a
-# program; groups that are cut, with more than one trip of the loops over channels and chunks.
-SMALL = Case((300, 12, 5, 3), 3, "contiguous", torch.float32, offset=1)
+# More than 256 samples, numbers of channels, groups and pixels that are no powers of two, nothing aligned, and a spread
+# as small as the error of a mean in float32; groups side by side in a program; groups that are cut, with more than one
+# trip of the loops over channels and chunks.
+SMALL = Case((300, 36, 3, 3), 9, "contiguous", torch.float32, mean=1e3, spread=1e-2, offset=1)
 BUNDLES = Case((2, 64, 4, 8, 8), 16, "channels_last", torch.bfloat16)
-CHANNELS = Case((1, 600, 9, 7), 2, "channels_last", torch.float16, mean=1e3)
-CHUNKS = Case((1, 4, 9797), 2, "contiguous", torch.float32, ("weight", "bias"), mean=1e3)
+CHANNELS = Case((2, 600, 9, 5), 2, "channels_last", torch.float16, mean=1e3)
+CHUNKS = Case((2, 4, 9797), 2, "contiguous", torch.float32, ("weight", "bias", "shift"), mean=1e3, spread=1e-2)
 MORE = [
     Case((2, 30, 7, 7), 10, "contiguous", torch.float16),
     Case((3, 48), 4, "contiguous", torch.bfloat16, activation=0),
@@ -73,9 +93,9 @@ def forward(case: Case, target: int) -> None:
         NORM_ACT["triton"](x, case.groups, *places, EPS, case.activation, out, mean, rstd)
         return out, mean, rstd
 
-    out, mean, rstd = under_every_schedule(run, target)
+    out, mean, rstd = under_every_schedule(run, target, x.shape[0])
     truth = exact(x, case.groups, **given, activation="silu" if case.activation else None)
-    assert_close(out, truth)
+    assert_close_beside_extremes(out, truth)
     assert_rounded_once(out, truth)
     expected_mean, expected_rstd = torch.empty_like(mean), torch.empty_like(rstd)
     whole = torch.empty(x.shape, dtype=torch.float64)
@@ -100,7 +120,7 @@ def backward(case: Case, target: int) -> None:
         NORM_ACT_BACKWARD["triton"](grad, x, mean, rstd, case.groups, *places, case.activation, *wanted)
         return tuple(gradients.values())
 
-    got = under_every_schedule(run, target)
+    got = under_every_schedule(run, target, x.shape[0])
     leaves = {name: value.double().requires_grad_() for name, value in {"x": x, **given}.items()}
     y = plain(leaves["x"], case.groups, **{name: leaves[name] for name in case.names},
               activation="silu" if case.activation else None)  # fmt: skip
@@ -239,15 +259,18 @@ def test_samples_of_views_and_out() -> None:
     assert_close(out, truth)
 
 
-def test_the_sum_over_samples_ends_where_they_do() -> None:
+@pytest.mark.parametrize(
+    ("gradients", "channels"), [(("weight", "bias"), 60), (("weight", "bias"), 64), (("weight",), 70)], ids=str
+)
+def test_the_sum_over_samples_ends_where_they_do(gradients: tuple[str, ...], channels: int) -> None:
     for samples in (n for n in range(2, _norm._SAMPLES + 3) if n % 16):  # Triton compiles another kernel for multiples
-        contributions = torch.randn(samples, 2, 12)
-        weight, bias = torch.full((12,), torch.nan), torch.full((12,), torch.nan)
-        with simulate.backend("triton"):
-            _norm.sum_over_samples(contributions, weight, bias)
+        contributions = torch.randn(samples, len(gradients), channels)
         expected = contributions.double().sum(0)
-        assert_close(weight, expected[0])
-        assert_close(bias, expected[1])
+        got = {name: torch.full((channels,), torch.nan) for name in gradients}
+        with simulate.backend("triton"):
+            _norm.sum_over_samples(contributions, got["weight"], got.get("bias"))
+        for gradient, sums in zip(got.values(), expected, strict=True):
+            assert_close(gradient, sums)
 
 
 def test_without_samples_the_parameters_gradients_are_zero() -> None:

@@ -18,8 +18,8 @@ from tests.ops.common import laid_out, same_bits, shape_id
 CASES = [
     ((6, 3, 32, 16), "contiguous", torch.float32, 0),
     ((6, 3, 32, 16), "channels_last", torch.float32, 0),
-    ((6, 3, 17, 11), "contiguous", torch.bfloat16, 1),
-    ((6, 3, 17, 11), "channels_last", torch.float32, 1),
+    ((6, 3, 17, 23), "contiguous", torch.bfloat16, 1),
+    ((6, 3, 17, 19), "channels_last", torch.float32, 1),
     ((6, 4, 15, 18), "channels_last", torch.float16, 0),
     ((2, 70, 5, 7), "channels_last", torch.float32, 0),
     ((300, 5), "contiguous", torch.float32, 0),
@@ -86,14 +86,18 @@ def test_sample_numbers_default_to_the_batchs_and_one_step_serves_all() -> None:
     assert same_bits(out, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_remainder_of_a_vector(dtype: torch.dtype) -> None:
-    """A comparison with the end that is off by one is seen in one of as many sizes as a vector has elements."""
-    for pixels in range(305, 305 + 16 // dtype.itemsize):
-        out, expected = torch.full((1, 3, pixels), torch.nan, dtype=dtype), torch.empty(1, 3, pixels, dtype=dtype)
+@pytest.mark.parametrize(("dtype", "offset"), [(torch.float32, 0), (torch.bfloat16, 1)], ids=["aligned", "misaligned"])
+def test_a_sample_ends_anywhere_in_a_tile(dtype: torch.dtype, offset: int) -> None:
+    """A comparison with the end that is off by one is seen where the end is that of the elements that it guards: one
+    of eight in a vector, or one eighth of the second tile's 1024."""
+    for eighth in range(8):
+        like = torch.empty(2, 3, 343 + 43 * eighth, dtype=dtype)
+        assert 128 * eighth <= like[0].numel() - 1024 == 129 * eighth + 5 < 128 * (eighth + 1)
+        out, expected = blank(like, offset=offset), torch.empty_like(like)
+        ids, step = drawn_for(2)
         with simulate.backend("triton"):
-            NORMAL["triton"](out, SEED, None, torch.tensor([7]), 0)
-        reference.normal(expected, SEED, None, torch.tensor([7]), 0)
+            NORMAL["triton"](out, SEED, ids, step, STREAM)
+        reference.normal(expected, SEED, ids, step, STREAM)
         assert same_bits(out, expected)
 
 

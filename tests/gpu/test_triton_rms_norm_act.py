@@ -12,12 +12,20 @@ import ddpm_fast as df
 from ddpm_fast.backends.triton import _layout, rms_norm_act
 from ddpm_fast.ops.rms_norm_act import RMS_NORM_ACT, RMS_NORM_ACT_BACKWARD
 from tests.gpu import gates, simulate
-from tests.gpu.triton_runs import ARCHITECTURES, assert_rounded_once, blank, moved, under_every_schedule
+from tests.gpu.triton_runs import (
+    ARCHITECTURES,
+    assert_close_beside_extremes,
+    assert_rounded_once,
+    blank,
+    moved,
+    under_every_schedule,
+    with_extremes,
+)
 from tests.ops.common import same_bits, shape_id
 from tests.ops.norms import assert_close, laid_out
 from tests.ops.test_rms_norm_act import NAMES, exact, parameters, plain
 
-EPS = 1e-12
+EPS = 4.0  # above the norms of one pixel in five
 
 
 @dataclass(frozen=True)
@@ -34,14 +42,18 @@ class Case:
         return "-".join([*parts, *["misaligned"] * self.offset])
 
     def inputs(self) -> tuple[Tensor, dict[str, Tensor]]:
-        x = laid_out(torch.randn(self.shape) * 2 + 1, self.layout).to(self.dtype)
-        return moved(x, self.offset), parameters(self.shape, self.dtype, self.names)
+        x = torch.randn(self.shape) * 2 + 1
+        x[..., ::5] *= 0.1
+        given = parameters(self.shape, self.dtype, self.names)
+        if "shift" in given and self.dtype == torch.float32:
+            given["shift"] = with_extremes(given["shift"])
+        return moved(laid_out(x, self.layout).to(self.dtype), self.offset), given
 
 
 # Several tiles of pixels and several steps of a program; no power of two of channels; more than 256 samples.
 CASES = [
     Case((2, 70, 16, 20), "contiguous", torch.bfloat16),
-    Case((2, 131, 17, 9), "channels_last", torch.float32, offset=1),
+    Case((2, 250, 17, 9), "channels_last", torch.float32, offset=1),
 ]
 MORE = [
     Case((300, 8, 3, 3), "contiguous", torch.float32, ("weight",)),
@@ -62,8 +74,8 @@ def forward(case: Case, target: int) -> None:
         return out, rrms
 
     out, rrms = under_every_schedule(run, target)
-    truth = exact(x, **given, activation="silu" if case.activation else None)
-    assert_close(out, truth)
+    truth = exact(x, **given, eps=EPS, activation="silu" if case.activation else None)
+    assert_close_beside_extremes(out, truth)
     assert_rounded_once(out, truth)
     expected = torch.empty(rrms.shape, dtype=torch.float64)
     RMS_NORM_ACT["reference"](x, *places, EPS, case.activation, torch.empty_like(x), expected)
@@ -85,7 +97,7 @@ def backward(case: Case, target: int) -> None:
 
     got = under_every_schedule(run, target)
     leaves = {name: value.double().requires_grad_() for name, value in {"x": x, **given}.items()}
-    y = plain(leaves["x"], **{name: leaves[name] for name in case.names},
+    y = plain(leaves["x"], **{name: leaves[name] for name in case.names}, eps=EPS,
               activation="silu" if case.activation else None)  # fmt: skip
     expected = torch.autograd.grad(y, [leaves[name] for name in names], grad.double())
     for name, ours, theirs in zip(names, got, expected, strict=True):
@@ -127,7 +139,7 @@ def test_64_bit_offsets_change_nothing(case: Case, monkeypatch: pytest.MonkeyPat
 
 
 def test_pixels_below_eps_are_scaled_by_a_constant() -> None:
-    x = torch.randn(1, 16, 4, 4)
+    x = torch.randn(2, 16, 4, 4)
     x[:, :, 1:] *= 1e-6
     x.requires_grad_()
     with simulate.backend("triton"):

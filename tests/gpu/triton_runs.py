@@ -15,6 +15,7 @@ from ddpm_fast.backends.triton import _launch
 from tests.gpu import simulate
 from tests.gpu.ptx.triton import Specialised
 from tests.ops.common import same_bits
+from tests.ops.norms import assert_close
 
 ARCHITECTURES = (80, 90, 120)
 
@@ -68,6 +69,19 @@ def assert_rounded_once(got: Tensor, expected: Tensor) -> None:
     other side of one. Those of float32 put 1 of 3000 there at most, in the tests' cases."""
     if got.dtype in (torch.float16, torch.bfloat16):
         assert int((got != expected.to(got.dtype)).sum()) <= 1 + got.numel() // 500
+
+
+def with_extremes(row: Tensor) -> Tensor:
+    """A parameter that is added, whose last values put SiLU's argument beyond what its exponential reaches."""
+    row[-1, -3:] = torch.tensor([3e38, -3e38, -100.0])
+    return row
+
+
+def assert_close_beside_extremes(got: Tensor, expected: Tensor) -> None:
+    """The largest values apart from the others, whose tolerance is of the largest of them."""
+    for part in (expected.abs() > 1e30, expected.abs() <= 1e30):
+        if part.any():
+            assert_close(got[part], expected[part])
 
 
 def blank(like: Tensor, dtype: torch.dtype | None = None, offset: int = 0) -> Tensor:

@@ -70,8 +70,8 @@ def normal_pair(r0, r1):
     c = z * _COS3 + _COS2
     c = c * z + _COS1
     c = c * z + 1.0
-    # By its bit: 0 - c would lose the sign of a zero.
-    c = (c.to(tl.int32, bitcast=True) ^ (s0 & -0x80000000)).to(tl.float32, bitcast=True)
+    # The cosine is positive here, and s0 gives it its sign.
+    c = (c.to(tl.int32, bitcast=True) | (s0 & -0x80000000)).to(tl.float32, bitcast=True)
     first, second = radius * c, radius * s
     swap = s1 < 0
     return tl.where(swap, second, first), tl.where(swap, first, second)
@@ -125,12 +125,12 @@ def tile_normals(
         # handed over in the other.
         across: tl.constexpr = (CHANNELS + WIDTH - 1) // WIDTH
         channel, pixel = tile % across * WIDTH, tile // across * PIXELS
-        z = normals(((channel + q // QUADS) * pixels + pixel) // 4 + q % QUADS, sample_id, step, stream, seed)
+        z = normals((((channel + q // QUADS) * pixels + pixel) >> 2) + q % QUADS, sample_id, step, stream, seed)
         lane = tl.arange(0, BLOCK)
         row = lane % WIDTH
         place = row * (4 * QUADS) + lane // WIDTH
         if PIXELS % (4 * QUADS) != 0:
-            place += (((channel + row) * pixels + pixel) % 4).to(tl.int32)
+            place += (((channel + row) * pixels + pixel) & 3).to(tl.int32)
         z = tl.gather(z, tl.where(lane < WIDTH * PIXELS, place, 0), 0)
     return z
 

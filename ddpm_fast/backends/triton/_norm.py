@@ -15,6 +15,7 @@ from ddpm_fast.backends.triton._layout import Image, image_of, is_wide, power_of
 _WARP = 32
 _PER_THREAD = 16  # elements of a tile that a thread keeps in registers
 _MOST_WARPS = 16
+_MOST_COMBINING = 4  # warps
 _SECTOR = 32  # bytes of the least access to memory
 _TILE = 8192  # elements of a tile where a group is cut
 _CHANNELS = 32  # of such a tile in channels_last memory: two sectors and more of any dtype
@@ -41,6 +42,11 @@ class Cut(NamedTuple):
 
 def warps_for(elements: int) -> int:
     return min(max(elements // (_WARP * _PER_THREAD), 1), _MOST_WARPS)
+
+
+def warps_of_lanes(lanes: int) -> int:
+    """For a program that combines partial results: a thread for each lane, so that no two work on the same."""
+    return min(max(lanes // _WARP, 1), _MOST_COMBINING)
 
 
 def read_once(channels: int, pixels: int, groups: int, channels_last: bool, itemsize: int, most: int) -> Once | None:
@@ -165,6 +171,9 @@ def tile_of_sample(
     return (program // (across * chunks)).to(tl.int64), chunk, channel, pixel
 
 
+NOTHING = tl.constexpr(-0.0)  # added to any number, it leaves it as it is: a zero's sign too
+
+
 @triton.jit
 def parameter(pointer, place, there, ABSENT: tl.constexpr):
     """A parameter of the channels in float32; ABSENT where it is not given."""
@@ -182,70 +191,80 @@ def two_floats(x):
 
 
 _LOG2_E = tl.constexpr(float.fromhex("0x1.715476p+0"))
-_LOG2_E_REST = tl.constexpr(float.fromhex("0x1.4ae0cp-26"))
 _LN2 = tl.constexpr(float.fromhex("0x1.62e430p-1"))
+_LN2_REST = tl.constexpr(float.fromhex("-0x1.05c61p-29"))
 
 
 @triton.jit
-def one_plus_exp_neg(z):
-    """1 + exp(-z), infinite for large negative z. The product with log2(e) is carried beyond float32: its rounding
-    alone would be an error of 6e-8 |z|."""
-    y = tl.minimum(tl.maximum(z, -200.0), 200.0)
-    t = y * -_LOG2_E
-    rest = tl.fma(y, -_LOG2_E_REST, tl.fma(y, -_LOG2_E, -t))
-    return tl.fma(tl.exp2(t), tl.fma(rest, _LN2, 1.0), 1.0)
+def one_plus_exp_neg(z, RESULT: tl.constexpr):
+    """1 + exp(-z), infinite for large negative z, as precise as a result of the dtype RESULT asks for."""
+    if tl.float32 == RESULT:
+        # 2^t errs by t's rounding, up to 1e-7 |z|: what is missing of -z comes after it. The bounds are where the
+        # exponential is infinite, and where t would be.
+        y = tl.minimum(tl.maximum(z, -88.73), 2.357e38)
+        t = y * -_LOG2_E
+        excess = tl.fma(t, _LN2_REST, tl.fma(t, _LN2, y))
+        return tl.fma(tl.exp2(t), 1.0 - excess, 1.0)
+    return 1.0 + tl.exp2(z * -_LOG2_E)
 
 
 @triton.jit
-def silu(z):
-    return z / one_plus_exp_neg(z)
+def silu(z, RESULT: tl.constexpr):
+    return z / one_plus_exp_neg(z, RESULT)
 
 
 @triton.jit
-def silu_derivative(z):
+def silu_derivative(z, RESULT: tl.constexpr):
     """s (1 + z (1 - s)), s = sigmoid(z)."""
-    s = 1.0 / one_plus_exp_neg(z)
+    s = 1.0 / one_plus_exp_neg(z, RESULT)
     return tl.fma(s, z * (1.0 - s), s)
+
+
+@triton.jit
+def _sum_over_samples(
+    contributions_ptr, sample_stride, gradient_out_ptr, samples, channels, SAMPLES: tl.constexpr, BLOCK: tl.constexpr
+):
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([SAMPLES, BLOCK], tl.float64)
+    tl.assume(samples > 0)
+    for start in range(0, samples, SAMPLES):
+        n = start + tl.arange(0, SAMPLES)
+        there = (n < samples)[:, None] & (channel < channels)[None, :]
+        place = n.to(tl.int64)[:, None] * sample_stride + channel[None, :]
+        total += tl.load(contributions_ptr + place, mask=there, other=0).to(tl.float64)
+    tl.store(gradient_out_ptr + channel, tl.sum(total, 0).to(tl.float32), mask=channel < channels)
 
 
 @triton.jit
 def sum_over_samples_kernel(
     contributions_ptr,
+    sample_stride,
     weight_out_ptr,
     bias_out_ptr,
     samples,
+    channels,
     SAMPLES: tl.constexpr,
     BLOCK: tl.constexpr,
-    CHANNELS: tl.constexpr,
 ):
-    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    weight = tl.zeros([SAMPLES, BLOCK], tl.float64)
-    bias = tl.zeros([SAMPLES, BLOCK], tl.float64)
-    for start in range(0, samples, SAMPLES):
-        n = start + tl.arange(0, SAMPLES)
-        there = (n < samples)[:, None] & (channel < CHANNELS)[None, :]
-        place = n.to(tl.int64)[:, None] * (2 * CHANNELS) + channel[None, :]
-        weight += tl.load(contributions_ptr + place, mask=there, other=0).to(tl.float64)
-        bias += tl.load(contributions_ptr + CHANNELS + place, mask=there, other=0).to(tl.float64)
     if weight_out_ptr is not None:
-        tl.store(weight_out_ptr + channel, tl.sum(weight, 0).to(tl.float32), mask=channel < CHANNELS)
+        _sum_over_samples(contributions_ptr, sample_stride, weight_out_ptr, samples, channels, SAMPLES, BLOCK)
     if bias_out_ptr is not None:
-        tl.store(bias_out_ptr + channel, tl.sum(bias, 0).to(tl.float32), mask=channel < CHANNELS)
+        _sum_over_samples(contributions_ptr + channels, sample_stride, bias_out_ptr, samples, channels, SAMPLES, BLOCK)
 
 
 def sum_over_samples(contributions: Tensor, grad_weight: Tensor | None, grad_bias: Tensor | None) -> None:
-    """Gradients (C,) of weight and bias from those of each sample, (N, 2, C)."""
+    """Gradients (C,) of weight and bias from those of each sample, (N, 2, C); (N, 1, C) where there is no bias."""
     samples, _, channels = contributions.shape
-    block = min(power_of_two(channels), _BLOCK)
     _launch.launch(
         sum_over_samples_kernel,
-        (-(-channels // block),),
+        (-(-channels // _BLOCK),),
         contributions,
+        contributions.stride(0),
         grad_weight,
         grad_bias,
         samples,
+        channels,
         num_warps=4,
         SAMPLES=_SAMPLES,
-        BLOCK=block,
-        CHANNELS=channels,
+        BLOCK=_BLOCK,
     )

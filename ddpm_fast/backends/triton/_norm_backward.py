@@ -10,6 +10,7 @@ from torch import Tensor
 from ddpm_fast.backends.triton import _launch
 from ddpm_fast.backends.triton._layout import power_of_two
 from ddpm_fast.backends.triton._norm import (
+    NOTHING,
     cut,
     images_of,
     is_channels_last,
@@ -25,6 +26,7 @@ from ddpm_fast.backends.triton._norm import (
     sum_over_samples,
     tile_of_sample,
     two_floats,
+    warps_of_lanes,
     workspace,
 )
 
@@ -69,12 +71,16 @@ def _channel(
 
 
 @triton.jit
-def _differentiate(x, grad, there, high, low, rstd, factor, offset, ACTIVATION: tl.constexpr):
-    """xhat, and the gradient of z = xhat * factor + offset; both 0 where there is no element."""
-    xhat = tl.where(there, ((x - high[:, None]) - low[:, None]) * rstd[:, None], 0.0)
+def _normalise(x, high, low, rstd):
+    return ((x - high[:, None]) - low[:, None]) * rstd[:, None]
+
+
+@triton.jit
+def _differentiate(xhat, grad, factor, offset, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
+    """The gradient of z = xhat * factor + offset; 0 where the gradient of the result is and xhat is finite."""
     if ACTIVATION:
-        grad = grad * silu_derivative(tl.fma(xhat, factor[:, None], offset[:, None]))
-    return xhat, tl.where(there, grad, 0.0)
+        grad *= silu_derivative(tl.fma(xhat, factor[:, None], offset[:, None]), DTYPE)
+    return grad
 
 
 @triton.jit
@@ -127,7 +133,8 @@ def norm_act_backward_once_kernel(
         embedding_sample_stride, embedding_channel_stride, GROUPS,
     )  # fmt: skip
     factor = w * one_plus_scale
-    xhat, grad = _differentiate(x, grad, there, high, low, rstd, factor, tl.fma(b, one_plus_scale, t), ACTIVATION)
+    xhat = tl.where(there, _normalise(x, high, low, rstd), 0.0)
+    grad = _differentiate(xhat, grad, factor, tl.fma(b, one_plus_scale, t), ACTIVATION, x_ptr.dtype.element_ty)
     sums, products = tl.sum(grad, 1), tl.sum(grad * xhat, 1)
 
     row = n * CHANNELS + channel
@@ -144,12 +151,12 @@ def norm_act_backward_once_kernel(
         along_mean = over_groups(factor * sums, BUNDLE, ROWS) / count
         along_xhat = over_groups(factor * products, BUNDLE, ROWS) / count
         grad_v = tl.fma(grad, factor[:, None], -along_mean[:, None]) - xhat * along_xhat[:, None]
-        grad_v = tl.where(there, grad_v * rstd[:, None], 0.0)
+        grad_v *= rstd[:, None]
         if grad_x_out_ptr is not None:
             grad_x = grad_v.to(grad_x_out_ptr.dtype.element_ty)
             tl.store(grad_x_out_ptr + n * grad_x_sample_stride + place, grad_x, mask=there)
         if grad_embedding_out_ptr is not None:
-            tl.store(grad_embedding_out_ptr + row, tl.sum(grad_v, 1), mask=present)
+            tl.store(grad_embedding_out_ptr + row, tl.sum(tl.where(there, grad_v, 0.0), 1), mask=present)
 
 
 @triton.jit
@@ -196,9 +203,9 @@ def channel_sums_kernel(
         bias_stride, scale_ptr, scale_sample_stride, scale_channel_stride, shift_ptr, shift_sample_stride,
         shift_channel_stride, embedding_ptr, embedding_sample_stride, embedding_channel_stride, GROUPS,
     )  # fmt: skip
-    xhat, grad = _differentiate(
-        x, grad, there, high, low, rstd, w * one_plus_scale, tl.fma(b, one_plus_scale, t), ACTIVATION
-    )
+    xhat = tl.where(there, _normalise(x, high, low, rstd), 0.0)
+    offset = tl.fma(b, one_plus_scale, t)
+    grad = _differentiate(xhat, grad, w * one_plus_scale, offset, ACTIVATION, x_ptr.dtype.element_ty)
     chunks: tl.constexpr = (PIXELS + COLUMNS - 1) // COLUMNS
     row = sums_out_ptr + (n * chunks + chunk) * (3 * CHANNELS) + channel
     tl.store(row, tl.sum(grad, 1), mask=present)
@@ -208,9 +215,9 @@ def channel_sums_kernel(
 
 @triton.jit
 def _over_chunks(sums_ptr, n, channel, there, CHANNELS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
-    sums = tl.zeros([BLOCK], tl.float64)
-    products = tl.zeros([BLOCK], tl.float64)
-    xhats = tl.zeros([BLOCK], tl.float64)
+    sums = tl.full([BLOCK], NOTHING, tl.float64)
+    products = tl.full([BLOCK], NOTHING, tl.float64)
+    xhats = tl.full([BLOCK], NOTHING, tl.float64)
     for chunk in range(CHUNKS):
         row = sums_ptr + (n * CHUNKS + chunk) * (3 * CHANNELS) + channel
         sums += tl.load(row, mask=there, other=0).to(tl.float64)
@@ -253,8 +260,8 @@ def norm_act_backward_combine_kernel(
     program = tl.program_id(0)
     n, group = (program // GROUPS).to(tl.int64), program % GROUPS
     lane = tl.arange(0, BLOCK)
-    total_mean = tl.zeros([BLOCK], tl.float64)
-    total_xhat = tl.zeros([BLOCK], tl.float64)
+    total_mean = tl.full([BLOCK], NOTHING, tl.float64)
+    total_xhat = tl.full([BLOCK], NOTHING, tl.float64)
     for start in range(0, width, BLOCK):
         there = start + lane < width
         channel = group * width + start + lane
@@ -333,18 +340,19 @@ def norm_act_backward_apply_kernel(
     there = present[:, None] & (pixel < PIXELS)[None, :]
     place = channel[:, None] * CHANNEL_STRIDE + pixel[None, :] * PIXEL_STRIDE
     group = channel // (CHANNELS // GROUPS)
-    x = tl.load(x_ptr + n * x_sample_stride + place, mask=there, other=0).to(tl.float32)
-    grad = tl.load(grad_ptr + n * grad_sample_stride + place, mask=there, other=0).to(tl.float32)
+    x = tl.load(x_ptr + n * x_sample_stride + place, mask=there).to(tl.float32)
+    grad = tl.load(grad_ptr + n * grad_sample_stride + place, mask=there).to(tl.float32)
     high, low, rstd, w, b, one_plus_scale, t = _channel(
         n, group, channel, present, mean_ptr, rstd_ptr, weight_ptr, weight_stride, bias_ptr, bias_stride, scale_ptr,
         scale_sample_stride, scale_channel_stride, shift_ptr, shift_sample_stride, shift_channel_stride, embedding_ptr,
         embedding_sample_stride, embedding_channel_stride, GROUPS,
     )  # fmt: skip
     factor = w * one_plus_scale
-    xhat, grad = _differentiate(x, grad, there, high, low, rstd, factor, tl.fma(b, one_plus_scale, t), ACTIVATION)
+    xhat = _normalise(x, high, low, rstd)
+    grad = _differentiate(xhat, grad, factor, tl.fma(b, one_plus_scale, t), ACTIVATION, x_ptr.dtype.element_ty)
     along = along_ptr + (n * GROUPS + group) * 2
-    along_mean = tl.load(along, mask=present, other=0)
-    along_xhat = tl.load(along + 1, mask=present, other=0)
+    along_mean = tl.load(along, mask=present)
+    along_xhat = tl.load(along + 1, mask=present)
     grad_v = tl.fma(grad, factor[:, None], -along_mean[:, None]) - xhat * along_xhat[:, None]
     grad_x = (grad_v * rstd[:, None]).to(grad_x_out_ptr.dtype.element_ty)
     tl.store(grad_x_out_ptr + n * grad_x_sample_stride + place, grad_x, mask=there)
@@ -409,6 +417,7 @@ def norm_act_backward(
         tiled = {"ROWS": tile.rows, "COLUMNS": tile.columns, "num_warps": tile.num_warps, **common}
         sums, along = workspace(x, samples, chunks, 3, channels), workspace(x, samples, num_groups, 2)
         _launch.launch(channel_sums_kernel, grid, *inputs, *statistics, *parameters, sums, **tiled)
+        block = min(power_of_two(channels // num_groups), _MOST_COMBINED)
         _launch.launch(
             norm_act_backward_combine_kernel,
             (samples * num_groups,),
@@ -417,10 +426,10 @@ def norm_act_backward(
             *parameters,
             along,
             *by_sample,
-            num_warps=4,
+            num_warps=warps_of_lanes(block),
             GROUPS=num_groups,
             CHUNKS=chunks,
-            BLOCK=min(power_of_two(channels // num_groups), _MOST_COMBINED),
+            BLOCK=block,
             CHANNELS=channels,
             PIXELS=pixels,
         )

@@ -39,7 +39,7 @@ def clamp(x, low, high):
 @triton.jit
 def exp_poly(x):
     """exp on [-87, 88], clamped there, within 1 ulp: the same polynomial in every backend."""
-    y = clamp(x, -87.0, 88.0)
+    y = tl.clamp(x, -87.0, 88.0, propagate_nan=tl.PropagateNan.ALL)
     t = y * _LOG2_E + _ROUND
     n = t - _ROUND
     r = (y - n * _LN2_HIGH) - n * _LN2_LOW
@@ -64,7 +64,7 @@ def predict_x0(x_t, output, x0_from_x, x0_from_output, mean_from_x0, mean_from_x
     if PREDICTION == X0:
         x0 = output
     elif PREDICTION == X_PREV:
-        x0 = tl.div_rn(output - mean_from_x * x_t, tl.zeros_like(output) + mean_from_x0)
+        x0 = tl.div_rn(output - mean_from_x * x_t, mean_from_x0)
     else:
         x0 = x0_from_x * x_t - x0_from_output * output
     return x0

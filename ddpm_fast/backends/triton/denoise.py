@@ -78,7 +78,7 @@ def denoise_kernel(
         x0 = clamp(x0, clip_low, clip_high)
     if threshold_ptr is not None:
         s = tl.load(threshold_ptr + n)
-        x0 = tl.div_rn(clamp(x0, -s, s), tl.zeros_like(x0) + s)
+        x0 = tl.div_rn(tl.clamp(x0, -s, s, propagate_nan=tl.PropagateNan.ALL), s)
     mean = e if PREDICTION == X_PREV else mean_from_x0 * x0 + mean_from_x * x_t
 
     if seed_ptr is not None:

@@ -60,7 +60,7 @@ def noising_kernel(
         z = z.to(tl.float32)
     x0 = tl.load(x0_ptr + start + element, mask=there, other=0).to(tl.float32)
     if x0_ptr.dtype.element_ty == tl.uint8:
-        x0 = tl.div_rn(x0, tl.full(x0.shape, 127.5, tl.float32)) - 1.0
+        x0 = tl.div_rn(x0, 127.5) - 1.0
     row = rows_ptr + tl.load(t_ptr + n * t_stride) * 2
     x_t = tl.load(row) * x0 + tl.load(row + 1) * z
     tl.store(out_ptr + start + element, x_t.to(out_ptr.dtype.element_ty), mask=there)

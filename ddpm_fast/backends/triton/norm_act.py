@@ -13,6 +13,7 @@ from torch import Tensor
 from ddpm_fast.backends.triton import _launch
 from ddpm_fast.backends.triton._layout import power_of_two
 from ddpm_fast.backends.triton._norm import (
+    NOTHING,
     cut,
     images_of,
     is_channels_last,
@@ -27,6 +28,7 @@ from ddpm_fast.backends.triton._norm import (
     silu,
     tile_of_sample,
     two_floats,
+    warps_of_lanes,
     workspace,
 )
 from ddpm_fast.backends.triton._norm_backward import norm_act_backward
@@ -94,7 +96,7 @@ def norm_act_once_kernel(
     low = over_groups(tl.sum(tl.where(there, d, 0.0), 1), BUNDLE, ROWS) / count
     d = tl.where(there, d - low[:, None], 0.0)
     variance = over_groups(tl.sum(d * d, 1), BUNDLE, ROWS) / count
-    rstd = tl.div_rn(tl.full(variance.shape, 1.0, tl.float32), tl.sqrt_rn(variance + eps))
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
 
     w = parameter(weight_ptr, channel * weight_stride, present, 1.0)
     b = parameter(bias_ptr, channel * bias_stride, present, 0.0)
@@ -105,7 +107,7 @@ def norm_act_once_kernel(
     factor = rstd * (w * one_plus_scale)
     z = tl.fma(d, factor[:, None], tl.fma(b, one_plus_scale, t)[:, None])
     if ACTIVATION:
-        z = silu(z)
+        z = silu(z, out_ptr.dtype.element_ty)
     tl.store(out_ptr + n * out_sample_stride + place, z.to(out_ptr.dtype.element_ty), mask=there)
     if mean_out_ptr is not None:
         mean = high.to(tl.float64) + low.to(tl.float64)
@@ -167,7 +169,7 @@ def _moments(
     mean = tl.load(row, mask=there, other=0).to(tl.float64)
     mean += tl.load(row + CHANNELS, mask=there, other=0).to(tl.float64)
     place = n * embedding_sample_stride + channel * embedding_channel_stride
-    mean += parameter(embedding_ptr, place, there, 0.0).to(tl.float64)
+    mean += parameter(embedding_ptr, place, there, NOTHING).to(tl.float64)
     count = tl.where(there, tl.minimum(PIXELS - chunk * COLUMNS, COLUMNS), 0).to(tl.float64)
     return count, mean, tl.load(row + 2 * CHANNELS, mask=there, other=0).to(tl.float64)
 
@@ -204,7 +206,7 @@ def norm_act_combine_kernel(
     program = tl.program_id(0)
     n, group = (program // GROUPS).to(tl.int64), program % GROUPS
     lane = tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float64)
+    total = tl.full([BLOCK], NOTHING, tl.float64)
     for start in range(0, parts, BLOCK):
         count, mean, _ = _moments(
             moments_ptr, embedding_ptr, embedding_sample_stride, embedding_channel_stride, n, group * width,
@@ -212,7 +214,7 @@ def norm_act_combine_kernel(
         )  # fmt: skip
         total += count * mean
     group_mean = tl.sum(total, 0) / (width * PIXELS)
-    total = tl.zeros([BLOCK], tl.float64)
+    total = tl.full([BLOCK], NOTHING, tl.float64)
     for start in range(0, parts, BLOCK):
         count, mean, squares = _moments(
             moments_ptr, embedding_ptr, embedding_sample_stride, embedding_channel_stride, n, group * width,
@@ -264,15 +266,15 @@ def norm_act_apply_kernel(
     n, _, channel, pixel = tile_of_sample(CHANNELS, PIXELS, ROWS, COLUMNS, WIDE)
     present = channel < CHANNELS
     row = folded_ptr + n * (3 * CHANNELS) + channel
-    centre = tl.load(row, mask=present, other=0)
-    factor = tl.load(row + CHANNELS, mask=present, other=0)
-    offset = tl.load(row + 2 * CHANNELS, mask=present, other=0)
+    centre = tl.load(row, mask=present)
+    factor = tl.load(row + CHANNELS, mask=present)
+    offset = tl.load(row + 2 * CHANNELS, mask=present)
     there = present[:, None] & (pixel < PIXELS)[None, :]
     place = channel[:, None] * CHANNEL_STRIDE + pixel[None, :] * PIXEL_STRIDE
-    x = tl.load(x_ptr + n * x_sample_stride + place, mask=there, other=0).to(tl.float32)
+    x = tl.load(x_ptr + n * x_sample_stride + place, mask=there).to(tl.float32)
     z = tl.fma(x - centre[:, None], factor[:, None], offset[:, None])
     if ACTIVATION:
-        z = silu(z)
+        z = silu(z, out_ptr.dtype.element_ty)
     tl.store(out_ptr + n * out_sample_stride + place, z.to(out_ptr.dtype.element_ty), mask=there)
 
 
@@ -325,6 +327,7 @@ def norm_act(
     grid = (samples * chunks * -(-channels // tile.rows),)
     tiled = {"ROWS": tile.rows, "COLUMNS": tile.columns, "num_warps": tile.num_warps, **sample._asdict()}
     _launch.launch(channel_moments_kernel, grid, x, sample_stride(x), moments, **tiled)
+    block = min(power_of_two(channels // num_groups * chunks), _MOST_COMBINED)
     _launch.launch(
         norm_act_combine_kernel,
         (samples * num_groups,),
@@ -334,10 +337,10 @@ def norm_act(
         mean,
         rstd,
         float(eps),
-        num_warps=4,
+        num_warps=warps_of_lanes(block),
         GROUPS=num_groups,
         COLUMNS=tile.columns,
-        BLOCK=min(power_of_two(channels // num_groups * chunks), _MOST_COMBINED),
+        BLOCK=block,
         CHANNELS=channels,
         PIXELS=pixels,
     )

@@ -19,6 +19,7 @@ from ddpm_fast.backends.triton._layout import power_of_two
 _BLOCK = 4096  # elements that a program reads at a time
 _ALONE = 1 << 16  # elements of a sample that is left to one program
 _CHUNK = 1 << 15  # elements of a program's share of a larger one
+_INT32 = (1 << 31) - 1  # the most that can be counted in 32 bits
 
 _INFINITY = tl.constexpr(0x7F800000)
 _LARGEST = tl.constexpr(0x7FFFFFFF)
@@ -36,6 +37,7 @@ def _magnitudes(x_ptr, start, size, BLOCK: tl.constexpr):
 def _count_digits(x_ptr, size, prefix, shift, BLOCK: tl.constexpr):
     """How many of the values whose bits begin with `prefix` have each value of the next eight bits."""
     counts = tl.zeros([256], tl.int32)
+    tl.assume(size > 0)
     for start in range(0, size, BLOCK):
         bits, there = _magnitudes(x_ptr, start, size, BLOCK)
         bits = bits >> shift
@@ -45,18 +47,22 @@ def _count_digits(x_ptr, size, prefix, shift, BLOCK: tl.constexpr):
 
 @triton.jit
 def _pick(counts, prefix, rank):
-    """The prefix with the digit of the value at `rank`; the rank among the values that share it; and their number."""
-    ends = tl.cumsum(counts, 0)
-    digit = tl.sum((ends <= rank).to(tl.int32), 0)
-    here = tl.arange(0, 256) == digit
-    count = tl.sum(tl.where(here, counts, 0), 0)
-    return prefix * 256 + digit, rank - tl.sum(tl.where(here, ends - counts, 0), 0), count
+    """The prefix with the digit of the value at `rank`, and the rank among the values that share it."""
+    smaller = tl.cumsum(counts, 0) <= rank
+    return prefix * 256 + tl.sum(smaller.to(tl.int32), 0), rank - tl.sum(tl.where(smaller, counts, 0), 0)
+
+
+@triton.jit
+def _are_more(counts, value, rank):
+    """Whether the value at `rank` is not the last of its equals, of which the last digits' counts tell the number."""
+    return rank + 1 < tl.sum(tl.where(tl.arange(0, 256) == (value & 255), counts, 0), 0)
 
 
 @triton.jit
 def _next_and_largest(x_ptr, size, value, BLOCK: tl.constexpr):
     above = tl.full([BLOCK], _LARGEST, tl.int32)
     largest = tl.zeros([BLOCK], tl.int32)
+    tl.assume(size > 0)
     for start in range(0, size, BLOCK):
         bits, there = _magnitudes(x_ptr, start, size, BLOCK)
         above = tl.minimum(above, tl.where(there & (bits > value), bits, _LARGEST))
@@ -65,42 +71,42 @@ def _next_and_largest(x_ptr, size, value, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _interpolate(low, rank, count, above, largest, way, NEXT: tl.constexpr):
-    """torch.lerp's formula, each operation rounded on its own; NaN where there is one."""
-    high = low
+def _interpolate(value, counts, rank, above, largest, way, NEXT: tl.constexpr):
+    """torch.lerp's formula, each operation rounded on its own; NaN where there is one, and between infinities."""
+    low = value.to(tl.float32, bitcast=True)
     if NEXT:
-        high = tl.where(rank + 1 < count, low, above)
-    low = low.to(tl.float32, bitcast=True)
-    high = high.to(tl.float32, bitcast=True)
-    difference = high - low
-    between = tl.where(way < 0.5, low + way * difference, high - difference * (1.0 - way))
+        high = tl.where(_are_more(counts, value, rank), value, above).to(tl.float32, bitcast=True)
+        difference = high - low
+        between = tl.where(way < 0.5, low + way * difference, high - difference * (1.0 - way))
+    else:
+        between = low + (low - low)
     return tl.where(largest > _INFINITY, largest.to(tl.float32, bitcast=True), between)
 
 
-@triton.jit
+# A rank may be a multiple of anything: no kernel is compiled for that.
+@triton.jit(do_not_specialize=["rank"])
 def abs_quantile_kernel(x_ptr, out_ptr, size, rank, way, NEXT: tl.constexpr, BLOCK: tl.constexpr):
     """One sample a program."""
     n = tl.program_id(0)
     x_ptr += n.to(tl.int64) * size
     prefix = tl.full([], 0, tl.int32)
     rank = tl.full([], rank, tl.int32)
-    count = rank
+    counts = tl.zeros([256], tl.int32)
     for digit in range(4):
         counts = _count_digits(x_ptr, size, prefix, 24 - 8 * digit, BLOCK)
-        prefix, rank, count = _pick(counts, prefix, rank)
+        prefix, rank = _pick(counts, prefix, rank)
     above, largest = _next_and_largest(x_ptr, size, prefix, BLOCK)
-    tl.store(out_ptr + n, _interpolate(prefix, rank, count, above, largest, way, NEXT))
+    tl.store(out_ptr + n, _interpolate(prefix, counts, rank, above, largest, way, NEXT))
 
 
 @triton.jit
 def _found(counts_ptr, rank, digits):
-    """What the first passes' counts say: prefix, rank and number, as `_pick` has them."""
+    """What the first passes' counts say: prefix and rank, as `_pick` has them."""
     prefix = tl.full([], 0, tl.int32)
-    rank = tl.full([], rank, tl.int64)
-    count = rank
+    rank = tl.full([], rank, counts_ptr.dtype.element_ty)
     for digit in range(digits):
-        prefix, rank, count = _pick(tl.load(counts_ptr + digit * 256 + tl.arange(0, 256)), prefix, rank)
-    return prefix, rank, count
+        prefix, rank = _pick(tl.load(counts_ptr + digit * 256 + tl.arange(0, 256)), prefix, rank)
+    return prefix, rank
 
 
 @triton.jit
@@ -113,31 +119,33 @@ def _share(x_ptr, size, CHUNK: tl.constexpr):
     return n, x_ptr + n * size + start, tl.minimum(size - start, CHUNK).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["digit"])
+@triton.jit(do_not_specialize=["rank", "digit"])
 def count_digits_kernel(x_ptr, counts_ptr, counts_out_ptr, size, rank, digit, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     n, x_ptr, share = _share(x_ptr, size, CHUNK)
-    prefix, _, _ = _found(counts_ptr + n * 1024, rank, digit)
-    counts = _count_digits(x_ptr, share, prefix, 24 - 8 * digit, BLOCK).to(tl.int64)
+    prefix, _ = _found(counts_ptr + n * 1024, rank, digit)
+    counts = _count_digits(x_ptr, share, prefix, 24 - 8 * digit, BLOCK).to(counts_ptr.dtype.element_ty)
     place = counts_out_ptr + n * 1024 + digit * 256 + tl.arange(0, 256)
     tl.atomic_add(place, counts, mask=counts > 0, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank"])
 def next_and_largest_kernel(
     x_ptr, counts_ptr, above_out_ptr, largest_out_ptr, size, rank, CHUNK: tl.constexpr, BLOCK: tl.constexpr
 ):
     n, x_ptr, share = _share(x_ptr, size, CHUNK)
-    prefix, _, _ = _found(counts_ptr + n * 1024, rank, 4)
-    above, largest = _next_and_largest(x_ptr, share, prefix, BLOCK)
+    value, _ = _found(counts_ptr + n * 1024, rank, 4)
+    above, largest = _next_and_largest(x_ptr, share, value, BLOCK)
     tl.atomic_min(above_out_ptr + n, above, sem="relaxed")
     tl.atomic_max(largest_out_ptr + n, largest, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank"])
 def interpolate_kernel(counts_ptr, above_ptr, largest_ptr, out_ptr, rank, way, NEXT: tl.constexpr):
     n = tl.program_id(0)
-    prefix, rank, count = _found(counts_ptr + n.to(tl.int64) * 1024, rank, 4)
-    result = _interpolate(prefix, rank, count, tl.load(above_ptr + n), tl.load(largest_ptr + n), way, NEXT)
+    counts_ptr += n.to(tl.int64) * 1024
+    value, rank = _found(counts_ptr, rank, 4)
+    counts = tl.load(counts_ptr + 3 * 256 + tl.arange(0, 256))
+    result = _interpolate(value, counts, rank, tl.load(above_ptr + n), tl.load(largest_ptr + n), way, NEXT)
     tl.store(out_ptr + n, result)
 
 
@@ -155,7 +163,8 @@ def abs_quantile(x: Tensor, q: float, out: Tensor) -> None:
             abs_quantile_kernel, (samples,), x, out, size, rank, way, num_warps=num_warps, NEXT=way > 0, BLOCK=block
         )
         return
-    counts = torch.zeros((samples, 4, 256), dtype=torch.int64, device=x.device)
+    number = torch.int32 if size <= _INT32 else torch.int64
+    counts = torch.zeros((samples, 4, 256), dtype=number, device=x.device)
     above = torch.full((samples,), _LARGEST.value, dtype=torch.int32, device=x.device)
     largest = torch.zeros_like(above)
     grid = (samples * -(-size // _CHUNK),)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ddpm_fast.backends.triton import _launch
 from ddpm_fast.backends.triton._layout import power_of_two
 from ddpm_fast.backends.triton._norm import (
+    NOTHING,
     images_of,
     is_channels_last,
     parameter,
@@ -24,6 +25,7 @@ from ddpm_fast.backends.triton._norm import (
     silu_derivative,
     sum_over_samples,
     warps_for,
+    warps_of_lanes,
     workspace,
 )
 
@@ -69,7 +71,7 @@ def _affine(
     s_place = n * scale_sample_stride + channel * scale_channel_stride
     t_place = n * shift_sample_stride + channel * shift_channel_stride
     w = parameter(weight_ptr, channel * weight_stride, present, 1.0)
-    return w * (1.0 + parameter(scale_ptr, s_place, present, 0.0)), parameter(shift_ptr, t_place, present, 0.0)
+    return w * (1.0 + parameter(scale_ptr, s_place, present, 0.0)), parameter(shift_ptr, t_place, present, NOTHING)
 
 
 @triton.jit
@@ -113,16 +115,15 @@ def rms_norm_act_kernel(
     channel, pixel, there = _channels_and_pixels(pixel, CHANNELS, PIXELS, ROWS, WIDE)
     place = channel[:, None] * CHANNEL_STRIDE + pixel[None, :] * PIXEL_STRIDE
     x = tl.load(x_ptr + n * x_sample_stride + place, mask=there, other=0).to(tl.float32)
-    norm = tl.sqrt_rn(tl.sum(x * x, 0))
-    norm = tl.where(norm < eps, eps, norm)  # a NaN stays
-    r = tl.div_rn(tl.zeros_like(norm) + root, norm)
+    norm = tl.maximum(tl.sqrt_rn(tl.sum(x * x, 0)), eps, propagate_nan=tl.PropagateNan.ALL)
+    r = tl.div_rn(root, norm)
     factor, offset = _affine(
         n, channel, channel < CHANNELS, weight_ptr, weight_stride, scale_ptr, scale_sample_stride,
         scale_channel_stride, shift_ptr, shift_sample_stride, shift_channel_stride,
     )  # fmt: skip
     z = tl.fma(x * r[None, :], factor[:, None], offset[:, None])
     if ACTIVATION:
-        z = silu(z)
+        z = silu(z, out_ptr.dtype.element_ty)
     tl.store(out_ptr + n * out_sample_stride + place, z.to(out_ptr.dtype.element_ty), mask=there)
     if rrms_out_ptr is not None:
         tl.store(rrms_out_ptr + n * PIXELS + pixel, r, mask=pixel < PIXELS)
@@ -168,8 +169,8 @@ def rms_norm_act_backward_kernel(
         scale_channel_stride, shift_ptr, shift_sample_stride, shift_channel_stride,
     )  # fmt: skip
     largest = tl.div_rn(root, eps)  # r where |x| is at most eps, and then a constant
-    sums = tl.zeros([ROWS], tl.float32)
-    products = tl.zeros([ROWS], tl.float32)
+    sums = tl.full([ROWS], NOTHING, tl.float32)
+    products = tl.full([ROWS], NOTHING, tl.float32)
     for step in range(STEPS):
         pixel = first + step * COLUMNS + tl.arange(0, COLUMNS)
         channel, pixel, there = _channels_and_pixels(pixel, CHANNELS, PIXELS, ROWS, WIDE)
@@ -179,9 +180,11 @@ def rms_norm_act_backward_kernel(
         r = tl.load(rrms_ptr + n * PIXELS + pixel, mask=pixel < PIXELS, other=0)
         xhat = x * r[None, :]
         if ACTIVATION:
-            grad = tl.where(there, grad * silu_derivative(tl.fma(xhat, factor[:, None], offset[:, None])), 0.0)
-        sums += tl.sum(grad, 1)
-        products += tl.sum(grad * xhat, 1)
+            z = tl.fma(xhat, factor[:, None], offset[:, None])
+            grad *= silu_derivative(z, x_ptr.dtype.element_ty)
+        if sums_out_ptr is not None:
+            sums += tl.sum(grad, 1)
+            products += tl.sum(grad * xhat, 1)
         if grad_x_out_ptr is not None:
             grad_xhat = grad * factor[:, None]
             along = tl.where(r < largest, tl.sum(grad_xhat * xhat, 0) / CHANNELS, 0.0)
@@ -216,8 +219,8 @@ def rms_norm_act_combine_kernel(
     program = tl.program_id(0)
     n, channel = (program // across).to(tl.int64), program % across * BLOCK + tl.arange(0, BLOCK)
     there = channel < CHANNELS
-    sums = tl.zeros([BLOCK], tl.float64)
-    products = tl.zeros([BLOCK], tl.float64)
+    sums = tl.full([BLOCK], NOTHING, tl.float64)
+    products = tl.full([BLOCK], NOTHING, tl.float64)
     for chunk in range(CHUNKS):
         row = sums_ptr + (n * CHUNKS + chunk) * (2 * CHANNELS) + channel
         sums += tl.load(row, mask=there, other=0).to(tl.float64)
@@ -226,8 +229,7 @@ def rms_norm_act_combine_kernel(
     if contributions_out_ptr is not None:
         s_place = n * scale_sample_stride + channel * scale_channel_stride
         one_plus_scale = 1.0 + parameter(scale_ptr, s_place, there, 0.0)
-        contribution = (products * one_plus_scale).to(tl.float32)
-        tl.store(contributions_out_ptr + n * (2 * CHANNELS) + channel, contribution, mask=there)
+        tl.store(contributions_out_ptr + place, (products * one_plus_scale).to(tl.float32), mask=there)
     if grad_scale_out_ptr is not None:
         w = parameter(weight_ptr, channel * weight_stride, there, 1.0)
         tl.store(grad_scale_out_ptr + place, (products * w).to(tl.float32), mask=there)
@@ -324,7 +326,7 @@ def rms_norm_act_backward(
     )
     if sums is None:
         return
-    contributions = None if grad_weight is None else workspace(x, samples, 2, channels)
+    contributions = None if grad_weight is None else workspace(x, samples, 1, channels)
     block = min(power_of_two(channels), _BLOCK)
     _launch.launch(
         rms_norm_act_combine_kernel,
@@ -335,7 +337,7 @@ def rms_norm_act_backward(
         contributions,
         grad_scale,
         grad_shift,
-        num_warps=4,
+        num_warps=warps_of_lanes(block),
         CHUNKS=chunks,
         BLOCK=block,
         CHANNELS=channels,
