@@ -45,6 +45,7 @@ class Launch:
     """A kernel launch, and what the simulator saw: counters and trace of `Module.launch`."""
 
     kernel: str
+    target: int
     grid: tuple[int, ...]
     block: int
     shared: int
@@ -130,7 +131,7 @@ class _Simulation(TorchDispatchMode):
 
     def note(self, kernel: str, grid: Iterable[int], block: int, shared: int, cluster: Iterable[int], run: Any) -> None:
         stats, trace = run
-        self.launches.append(Launch(kernel, tuple(grid), block, shared, tuple(cluster), stats, trace))
+        self.launches.append(Launch(kernel, self._target, tuple(grid), block, shared, tuple(cluster), stats, trace))
 
     def launch_triton(self, kernel: Any, *args: Any, grid: Sequence[int], warmup: bool, **keywords: Any) -> None:
         """In place of `JITFunction.run`."""

@@ -25,7 +25,7 @@ from tests.gpu import cuda_library, gates, simulate
 from tests.gpu.ptx import nvcc, sass
 from tests.gpu.ptx.build import CACHE, digest
 from tests.gpu.ptx.metrics import metrics
-from tests.gpu.triton_runs import assert_rounded_once
+from tests.gpu.triton_runs import assert_rounded_once, moved
 from tests.ops.common import same_bits, shape_id
 from tests.ops.norms import FLOATS, assert_close, is_laid_out, laid_out, leaves
 from tests.ops.test_norm_act import HARD, NAMES, case_id, exact, parameters, plain
@@ -204,15 +204,20 @@ def test_hard_inputs_lose_no_accuracy(kind: str, layout: str, target: int) -> No
 
 @pytest.mark.parametrize(("target", "dtype"), QUICK, ids=[f"sm_{a}-{d}" for a, d in QUICK])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_embedding_may_move_the_mean_far(target: int, dtype: torch.dtype, layout: str) -> None:
-    """By so much that squares of differences to a value without it lose the variance; the sums are exact in float32."""
-    shape = (1, 10, 13, 13)
-    x = laid_out((torch.randn(shape) * 64).round() / 64, layout).to(dtype)
-    embedding = 4096.0 + torch.arange(10)[None]
-    truth = exact(x, 2, embedding=embedding)
-    with simulate.backend("cuda", target):
-        y = df.group_norm_silu(x, 2, embedding=embedding)
-    assert_close(y, truth, 1e-5)
+@pytest.mark.parametrize("shape", [(1, 10, 13, 13), (1, 14), (1, 6, 5)], ids=shape_id)
+def test_an_embedding_may_move_the_mean_far(
+    shape: tuple[int, ...], target: int, dtype: torch.dtype, layout: str
+) -> None:
+    """By so much that squares of differences to a value without it, or with another channel's, lose the variance; the
+    sums are exact in float32."""
+    noise, channels = (torch.randn(shape) * 64).round() / 64, torch.arange(shape[1])[None]
+    apart = (4096.0 + 37 * channels) * (-1) ** channels
+    for embedding, x in ((4096.0 + channels, noise), (apart, noise - apart.reshape(1, -1, *[1] * len(shape[2:])))):
+        x = laid_out(x, layout).to(dtype)
+        truth = exact(x, 2, embedding=embedding)
+        with simulate.backend("cuda", target):
+            y = df.group_norm_silu(x, 2, embedding=embedding)
+        assert_close(y, truth, 1e-5)
 
 
 @pytest.mark.parametrize("kind", ["mean 1e3", "mean 1e5", "outlier first pixels", "variance near eps"])
@@ -232,13 +237,15 @@ def test_gradients_of_hard_inputs(kind: str, layout: str) -> None:
         assert (ours.double() - theirs).abs().max() < 2e-5 * scale, name
 
 
-@pytest.mark.parametrize("shape", [(1, 1001, 4), (1, 1001, 5)], ids=["one launch", "several on sm_80"])
+@pytest.mark.parametrize("shape", [(1, 1001, 4), (1, 2501, 2)], ids=["one launch", "several on sm_80"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("target", "dtype"), QUICK, ids=[f"sm_{a}-{d}" for a, d in QUICK])
 def test_silu_over_its_whole_range(target: int, dtype: torch.dtype, layout: str, shape: tuple[int, ...]) -> None:
     """A constant image makes z the shift itself; tolerance as for the CPU's kernel."""
     inputs = {"x": laid_out(torch.zeros(shape), layout).to(dtype)}
-    inputs["shift"] = torch.linspace(-110, 110, shape[1]).reshape(1, -1).to(dtype)
+    # Both ends of the range in a last vector that is not full.
+    both_signs = (-1.0) ** torch.arange(shape[1])
+    inputs["shift"] = (torch.linspace(-110, 110, shape[1]) * both_signs).reshape(1, -1).to(dtype)
     grad = laid_out(torch.randn(shape), layout).to(dtype)
     truth = leaves({n: v.double() for n, v in inputs.items()})
     z = plain(truth["x"], 1, shift=truth["shift"])
@@ -246,9 +253,9 @@ def test_silu_over_its_whole_range(target: int, dtype: torch.dtype, layout: str,
     z = z.detach()
     allowed = z.abs() * (3e-7 + 1.4e-8 * truth["shift"].detach().abs()[..., None] + torch.finfo(dtype).eps / 2)
     allowed = allowed + torch.finfo(torch.float32).smallest_normal * 90 + torch.finfo(dtype).smallest_normal
-    for approx in (0, 1, -1) if dtype == torch.float32 else (0,):
+    for approx, offset in ((0, 0), (0, 1), (1, 0), (-1, 0))[: 4 if dtype == torch.float32 else 2]:
         with simulate.backend("cuda", target, approx=approx):
-            y, *got = results(inputs, 1, grad)
+            y, *got = results({**inputs, "x": moved(inputs["x"], offset)}, 1, moved(grad, offset))
         assert bool(((y.double() - z).abs() <= allowed).all())
         if approx == 0:  # the derivative has a sigmoid's last place times z, which is 110 here
             assert_gradients_close(tuple(inputs), got, gradients)
@@ -267,22 +274,19 @@ def test_not_finite_is_as_in_eager_pytorch() -> None:
 # ---- Layouts, views and out ----
 
 
-@pytest.mark.parametrize("case", [((2, 24, 8, 8), 3), ((1, 8, 48, 64), 2)], ids=case_id)
+# The second has a group of whole vectors and one more element.
+@pytest.mark.parametrize("case", [((2, 24, 8, 8), 3), ((1, 2, 91, 91), 2)], ids=case_id)
 @pytest.mark.parametrize(("target", "dtype"), QUICK, ids=[f"sm_{a}-{d}" for a, d in QUICK])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_bit_depends_on_the_alignment(layout: str, target: int, dtype: torch.dtype, case: Case) -> None:
     inputs, grad = inputs_of(case, layout, dtype), laid_out(torch.randn(case[0]), layout).to(dtype)
-
-    def moved(tensor: Tensor) -> Tensor:
-        memory = torch.empty(tensor.numel() + 3, dtype=tensor.dtype)
-        return memory[3:].as_strided(tensor.shape, tensor.stride()).copy_(tensor)
-
     with simulate.backend("cuda", target):
         aligned = results(inputs, case[1], grad)
-        x_misaligned = results({**inputs, "x": moved(inputs["x"])}, case[1], grad)
-        grad_misaligned = results(inputs, case[1], moved(grad))
-    for misaligned in (x_misaligned, grad_misaligned):
-        assert all(same_bits(a, b) for a, b in zip(aligned, misaligned, strict=True))
+    # 7 elements off, those of the second group, one element further, are aligned, and its results are not.
+    for of_x, of_grad in ((7, 7), (7, 1), (1, 7), (0, 1)):
+        with simulate.backend("cuda", target):
+            misaligned = results({**inputs, "x": moved(inputs["x"], of_x)}, case[1], moved(grad, of_grad))
+        assert all(same_bits(a, b) for a, b in zip(aligned, misaligned, strict=True)), (of_x, of_grad)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -413,9 +417,9 @@ def traced(case: Case, layout: str, target: int, dtype: torch.dtype) -> list[sim
     return launches
 
 
-def image_accesses(launch: simulate.Launch, target: int) -> npt.NDArray[Any]:
+def image_accesses(launch: simulate.Launch) -> npt.NDArray[Any]:
     """The trace of what moves images: to and from global memory by vector.cuh, in shared memory whatever is kept."""
-    parsed = cuda_library.library().module(target, launch.kernel).parsed
+    parsed = cuda_library.library().module(launch.target, launch.kernel).parsed
 
     def moves(line: int) -> bool:
         file, _, number = parsed.where(line).rpartition("; ")[2].rpartition(":")
@@ -436,15 +440,16 @@ def test_images_move_no_more_than_they_must_in_whole_sectors_without_bank_confli
     """2 transfers an element forward and 3 backward where a group is read once, 3 and 5 where it is split."""
     case = ROUND[path]
     moved = {False: 0, True: 0}
-    for launch in traced(case, layout, target, dtype):
-        images = image_accesses(launch, target)
+    launches = traced(case, layout, target, dtype)
+    for launch in launches:
+        images = image_accesses(launch)
         moved["backward" in launch.kernel] += int(images["size"][images["kind"] < 2].sum())
         for line, access in metrics(images).items():
             if access.name.endswith("global"):
                 assert access.efficiency == 1.0, f"{launch.kernel}, PTX line {line}: {access}"
             else:
                 assert access.per_request == 1.0, f"{launch.kernel}, PTX line {line}: {access}"
-    once = path == "read once" or target == 90
+    once = path == "read once" or launches[0].target == 90
     image = math.prod(case[0]) * dtype.itemsize
     assert moved == {False: (2 if once else 3) * image, True: (3 if once else 5) * image}
 

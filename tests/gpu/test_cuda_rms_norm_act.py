@@ -18,7 +18,7 @@ from tests.gpu.test_cuda_norm_act import image_accesses
 from tests.gpu.triton_runs import assert_rounded_once, moved
 from tests.ops.common import same_bits, shape_id
 from tests.ops.norms import FLOATS, assert_close, is_laid_out, laid_out, leaves
-from tests.ops.test_rms_norm_act import exact, parameters, plain
+from tests.ops.test_rms_norm_act import NAMES, parameters, plain
 
 # As in test_cuda_norm_act.py, to which sm_120 is left: the source has nothing that depends on the architecture.
 QUICK = [(80, torch.float32), (90, torch.bfloat16)]
@@ -29,8 +29,8 @@ TARGETS = [
 LAYOUTS = ["contiguous", "channels_last"]
 
 # Fewer channels than a vector, a prime number; one pixel, none; more tiles than one; more samples than 256; more
-# columns than threads, and so many channels that a tile is read again; whole vectors, more than four a thread;
-# any number of dimensions.
+# columns than threads, and so many channels that a tile is read again; whole vectors, more than four a thread,
+# several in a row; any number of dimensions.
 SHAPES = [
     (2, 12, 5, 3),
     (1, 199, 17, 19),
@@ -40,7 +40,8 @@ SHAPES = [
     (3, 48),
     (1, 4096, 3, 3),
     (1, 1104, 4, 4),
-    (2, 20, 2, 3, 5),
+    (1, 248, 8, 4),
+    (2, 3, 2, 3, 5),
 ]
 
 
@@ -109,21 +110,26 @@ def test_every_option_in_small_images(target: int, dtype: torch.dtype, layout: s
         x[:, :, 1] *= 1e-2  # a norm below the larger eps
         names = tuple(name for name in ("weight", "scale", "shift") if draw.random() < 0.7)
         given = parameters(shape, draw.choice((dtype, torch.float32)), names)
-        inputs = {"x": moved(x.to(dtype), k // 8), **{name: strided(v) if k % 3 else v for name, v in given.items()}}
+        inputs = {
+            "x": moved(x.to(dtype), draw.choice((0, 1))),
+            **{name: strided(v) if k % 3 else v for name, v in given.items()},
+        }
         keywords = {"eps": draw.choice((1e-12, 0.5)), "activation": draw.choice(("silu", None))}
-        with simulate.backend("cuda", target, shared_bytes=draw.choice((None, 0))):
+        with simulate.backend("cuda", target, shared_bytes=(None, 0)[k // 8]):
             got = results(inputs, moved(grad, draw.choice((0, 1))), **keywords)
         check(inputs, grad, got, **keywords)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_parameters_and_activation_are_optional(layout: str) -> None:
-    x = laid_out(torch.randn(2, 12, 5, 3), layout)
-    for names in ((), ("weight",), ("scale",), ("shift",)):
-        given = parameters(tuple(x.shape), names=names)
+    """Of more channels than a block has threads."""
+    shape = (1, 300, 3, 2)
+    x, grad = laid_out(torch.randn(shape), layout), laid_out(torch.randn(shape), layout)
+    for names in itertools.chain.from_iterable(itertools.combinations(NAMES, n) for n in range(len(NAMES) + 1)):
+        inputs = {"x": x, **parameters(shape, names=names)}
         with simulate.backend("cuda", 80):
-            y = df.rms_norm_silu(x, **given, activation=None)
-        assert_close(y, exact(x, **given, activation=None))
+            got = results(inputs, grad, activation=None)
+        check(inputs, grad, got, activation=None)
 
 
 @pytest.mark.parametrize("shape", [(35, 40, 3, 3), (1, 2, 96, 90)], ids=shape_id)
@@ -141,9 +147,10 @@ def test_a_norm_below_eps_divides_by_eps(layout: str) -> None:
     inputs, grad = inputs_of((2, 16, 5, 5), layout, torch.float32), laid_out(torch.randn(2, 16, 5, 5), layout)
     inputs["x"][:, :, 1, 2] = 0
     inputs["x"][:, :, 3, 3] *= 1e-3
-    with simulate.backend("cuda", 80):
-        got = results(inputs, grad, eps=0.5)
-    check(inputs, grad, got, eps=0.5)
+    for shared_bytes in (None, 0):  # a tile that is kept, and one that is read again
+        with simulate.backend("cuda", 80, shared_bytes=shared_bytes):
+            got = results(inputs, grad, eps=0.5)
+        check(inputs, grad, got, eps=0.5)
 
 
 @pytest.mark.parametrize(("target", "dtype"), QUICK, ids=[f"sm_{a}-{d}" for a, d in QUICK])
@@ -174,11 +181,11 @@ def test_out_and_in_place(layout: str) -> None:
     x, given = laid_out(torch.randn(2, 12, 5, 3), layout), parameters((2, 12))
     with simulate.backend("cuda", 80):
         expected = df.rms_norm_silu(x, **given)
-        out = torch.full_like(x, torch.nan)
+        out, misaligned = torch.full_like(x, torch.nan), moved(torch.full_like(x, torch.nan), 3)
         assert df.rms_norm_silu(x, **given, out=out) is out
+        df.rms_norm_silu(x, **given, out=misaligned)
         assert df.rms_norm_silu(x, **given, out=x) is x
-    assert same_bits(out, expected)
-    assert same_bits(x, expected)
+    assert all(same_bits(got, expected) for got in (out, misaligned, x))
 
 
 def test_no_sample_is_no_error() -> None:
@@ -197,7 +204,7 @@ def test_images_are_read_and_written_once_in_whole_sectors_without_bank_conflict
         results(inputs, grad)
     forward, backward = launches[:2]
     for launch, transfers in ((forward, 2), (backward, 3)):
-        images = image_accesses(launch, 80)
+        images = image_accesses(launch)
         in_global = images[images["kind"] < 2]
         assert int(in_global["size"].sum()) == transfers * inputs["x"].nbytes
         gates.assert_coalesced(in_global, least_bytes=16)
