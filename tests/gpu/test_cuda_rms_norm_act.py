@@ -136,6 +136,16 @@ def test_parameters_and_activation_are_optional(layout: str) -> None:
         check(inputs, grad, got, activation=None)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_silu_over_its_whole_range(layout: str) -> None:
+    shape = (1, 200, 3, 2)
+    inputs, grad = inputs_of(shape, layout, torch.float32), laid_out(torch.randn(shape), layout)
+    inputs["shift"] = torch.linspace(-110, 110, shape[1])[None]
+    with simulate.backend("cuda", 80):
+        got = results(inputs, grad)
+    check(inputs, grad, got)
+
+
 @pytest.mark.parametrize("shape", [(35, 40, 3, 3), (1, 2, 96, 90)], ids=shape_id)
 def test_gradients_of_parameters_sum_over_more_samples_and_tiles_than_two_rounds_of_a_block(
     shape: tuple[int, ...],
