@@ -131,19 +131,19 @@ def channel_moments_kernel(
 ):
     """Of each channel of a chunk of pixels: the mean, in two parts, and the sum of the squared differences to it."""
     n, chunk, channel, pixel = tile_of_sample(CHANNELS, PIXELS, ROWS, COLUMNS, WIDE)
-    there = (channel < CHANNELS)[:, None] & (pixel < PIXELS)[None, :]
+    present, inside = channel < CHANNELS, (pixel < PIXELS)[None, :]
     place = channel[:, None] * CHANNEL_STRIDE + pixel[None, :] * PIXEL_STRIDE
-    x = tl.load(x_ptr + n * x_sample_stride + place, mask=there, other=0).to(tl.float32)
+    x = tl.load(x_ptr + n * x_sample_stride + place, mask=present[:, None] & inside, other=0).to(tl.float32)
     count = tl.minimum(PIXELS - chunk * COLUMNS, COLUMNS).to(tl.float32)
     high = tl.sum(x, 1) / count
-    d = tl.where(there, x - high[:, None], 0.0)
+    d = tl.where(inside, x - high[:, None], 0.0)
     low = tl.sum(d, 1) / count
-    d = tl.where(there, d - low[:, None], 0.0)
+    d = tl.where(inside, d - low[:, None], 0.0)
     chunks: tl.constexpr = (PIXELS + COLUMNS - 1) // COLUMNS
     row = moments_out_ptr + (n * chunks + chunk) * (3 * CHANNELS) + channel
-    tl.store(row, high, mask=channel < CHANNELS)
-    tl.store(row + CHANNELS, low, mask=channel < CHANNELS)
-    tl.store(row + 2 * CHANNELS, tl.sum(d * d, 1), mask=channel < CHANNELS)
+    tl.store(row, high, mask=present)
+    tl.store(row + CHANNELS, low, mask=present)
+    tl.store(row + 2 * CHANNELS, tl.sum(d * d, 1), mask=present)
 
 
 @triton.jit
