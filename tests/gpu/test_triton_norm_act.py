@@ -141,7 +141,7 @@ def test_is_float64_rounded_once(case: Case) -> None:
     forward(case, target=90)
 
 
-@pytest.mark.parametrize("case", [SMALL, BUNDLES, CHANNELS], ids=str)
+@pytest.mark.parametrize("case", [SMALL, BUNDLES, CHANNELS, CHUNKS, *FLAT], ids=str)
 def test_gradients_are_those_of_float64(case: Case) -> None:
     backward(case, target=90)
 
@@ -305,15 +305,29 @@ def test_small_groups_are_read_once_and_large_ones_twice() -> None:
 def test_each_result_is_written_by_one_thread(case: Case, chunks: int) -> None:
     """chunks: that a sample's pixels are cut into; 0 where groups are read once."""
     x, given = case.inputs()
-    out, mean = torch.empty_like(x), torch.empty(x.shape[0], case.groups, dtype=torch.float64)
-    rstd = torch.empty_like(mean)
+    leaves = {name: value.requires_grad_() for name, value in {"x": x, **given}.items()}
     with simulate.backend("triton") as launches:
-        places = [given.get(name) for name in NAMES]
-        NORM_ACT["triton"](x, case.groups, *places, EPS, case.activation, out, mean, rstd)
-    written = {launch.kernel: launch.stats["st_bytes"] for launch in launches}
-    statistics, float32s = mean.nbytes + rstd.nbytes, 3 * 4 * x.shape[0] * x.shape[1]
-    stored = [float32s * chunks, float32s + statistics, out.nbytes] if chunks else [out.nbytes + statistics]
-    assert written == dict(zip(CUT if chunks else ONCE, stored, strict=True))
+        y = df.group_norm_silu(**leaves, num_groups=case.groups)
+        torch.autograd.grad(y, list(leaves.values()), torch.randn_like(x))
+    samples, channels = x.shape[:2]
+    statistic, row = 8 * samples * case.groups, 4 * samples * channels  # in float64; in float32
+    gradients = row * len(given)
+    expected = {"sum_over_samples_kernel": 2 * 4 * channels}  # of weight and bias
+    if chunks:
+        expected |= {
+            "channel_moments_kernel": 3 * row * chunks,
+            "norm_act_combine_kernel": 3 * row + 2 * statistic,
+            "norm_act_apply_kernel": x.nbytes,
+            "channel_sums_kernel": 3 * row * chunks,
+            "norm_act_backward_combine_kernel": gradients + statistic,  # two means in float32
+            "norm_act_backward_apply_kernel": x.nbytes,
+        }
+    else:
+        expected |= {
+            "norm_act_once_kernel": x.nbytes + 2 * statistic,
+            "norm_act_backward_once_kernel": x.nbytes + gradients,
+        }
+    assert {launch.kernel: launch.stats["st_bytes"] for launch in launches} == expected
 
 
 def test_the_plan_depends_on_a_samples_shape_alone_and_covers_it() -> None:
