@@ -96,7 +96,7 @@ def norm_act_once_kernel(
     low = over_groups(tl.sum(tl.where(there, d, 0.0), 1), BUNDLE, ROWS) / count
     d = tl.where(there, d - low[:, None], 0.0)
     variance = over_groups(tl.sum(d * d, 1), BUNDLE, ROWS) / count
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+    rstd = 1.0 / tl.sqrt(variance.to(tl.float64) + eps)  # rounded once, in the factor
 
     w = parameter(weight_ptr, channel * weight_stride, present, 1.0)
     b = parameter(bias_ptr, channel * bias_stride, present, 0.0)
@@ -104,7 +104,7 @@ def norm_act_once_kernel(
     one_plus_scale = 1.0 + parameter(scale_ptr, s_place, present, 0.0)
     t_place = n * shift_sample_stride + channel * shift_channel_stride
     t = parameter(shift_ptr, t_place, present, 0.0)
-    factor = rstd * (w * one_plus_scale)
+    factor = (rstd * (w * one_plus_scale).to(tl.float64)).to(tl.float32)
     z = tl.fma(d, factor[:, None], tl.fma(b, one_plus_scale, t)[:, None])
     if ACTIVATION:
         z = silu(z, out_ptr.dtype.element_ty)
@@ -113,7 +113,7 @@ def norm_act_once_kernel(
         mean = high.to(tl.float64) + low.to(tl.float64)
         tl.store(mean_out_ptr + n * GROUPS + group, mean, mask=first & present)
     if rstd_out_ptr is not None:
-        tl.store(rstd_out_ptr + n * GROUPS + group, rstd.to(tl.float64), mask=first & present)
+        tl.store(rstd_out_ptr + n * GROUPS + group, rstd, mask=first & present)
 
 
 @triton.jit
