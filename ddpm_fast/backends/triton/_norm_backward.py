@@ -193,8 +193,8 @@ def channel_sums_kernel(
 ):
     """Of each channel of a chunk of pixels: the sums of the gradient, of its product with xhat, and of xhat."""
     n, chunk, channel, pixel = tile_of_sample(CHANNELS, PIXELS, ROWS, COLUMNS, WIDE)
-    present = channel < CHANNELS
-    there = present[:, None] & (pixel < PIXELS)[None, :]
+    present, inside = channel < CHANNELS, (pixel < PIXELS)[None, :]
+    there = present[:, None] & inside
     place = channel[:, None] * CHANNEL_STRIDE + pixel[None, :] * PIXEL_STRIDE
     x = tl.load(x_ptr + n * x_sample_stride + place, mask=there, other=0).to(tl.float32)
     grad = tl.load(grad_ptr + n * grad_sample_stride + place, mask=there, other=0).to(tl.float32)
@@ -203,7 +203,7 @@ def channel_sums_kernel(
         bias_stride, scale_ptr, scale_sample_stride, scale_channel_stride, shift_ptr, shift_sample_stride,
         shift_channel_stride, embedding_ptr, embedding_sample_stride, embedding_channel_stride, GROUPS,
     )  # fmt: skip
-    xhat = tl.where(there, _normalise(x, high, low, rstd), 0.0)
+    xhat = tl.where(inside, _normalise(x, high, low, rstd), 0.0)
     offset = tl.fma(b, one_plus_scale, t)
     grad = _differentiate(xhat, grad, w * one_plus_scale, offset, ACTIVATION, x_ptr.dtype.element_ty)
     chunks: tl.constexpr = (PIXELS + COLUMNS - 1) // COLUMNS

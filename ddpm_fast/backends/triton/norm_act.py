@@ -96,7 +96,7 @@ def norm_act_once_kernel(
     low = over_groups(tl.sum(tl.where(there, d, 0.0), 1), BUNDLE, ROWS) / count
     d = tl.where(there, d - low[:, None], 0.0)
     variance = over_groups(tl.sum(d * d, 1), BUNDLE, ROWS) / count
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+    rstd = 1.0 / tl.sqrt(variance.to(tl.float64) + eps)  # rounded once, in the factor
 
     w = parameter(weight_ptr, channel * weight_stride, present, 1.0)
     b = parameter(bias_ptr, channel * bias_stride, present, 0.0)
@@ -104,7 +104,7 @@ def norm_act_once_kernel(
     one_plus_scale = 1.0 + parameter(scale_ptr, s_place, present, 0.0)
     t_place = n * shift_sample_stride + channel * shift_channel_stride
     t = parameter(shift_ptr, t_place, present, 0.0)
-    factor = rstd * (w * one_plus_scale)
+    factor = (rstd * (w * one_plus_scale).to(tl.float64)).to(tl.float32)
     z = tl.fma(d, factor[:, None], tl.fma(b, one_plus_scale, t)[:, None])
     if ACTIVATION:
         z = silu(z, out_ptr.dtype.element_ty)
@@ -113,7 +113,7 @@ def norm_act_once_kernel(
         mean = high.to(tl.float64) + low.to(tl.float64)
         tl.store(mean_out_ptr + n * GROUPS + group, mean, mask=first & present)
     if rstd_out_ptr is not None:
-        tl.store(rstd_out_ptr + n * GROUPS + group, rstd.to(tl.float64), mask=first & present)
+        tl.store(rstd_out_ptr + n * GROUPS + group, rstd, mask=first & present)
 
 
 @triton.jit
@@ -131,19 +131,19 @@ def channel_moments_kernel(
 ):
     """Of each channel of a chunk of pixels: the mean, in two parts, and the sum of the squared differences to it."""
     n, chunk, channel, pixel = tile_of_sample(CHANNELS, PIXELS, ROWS, COLUMNS, WIDE)
-    there = (channel < CHANNELS)[:, None] & (pixel < PIXELS)[None, :]
+    present, inside = channel < CHANNELS, (pixel < PIXELS)[None, :]
     place = channel[:, None] * CHANNEL_STRIDE + pixel[None, :] * PIXEL_STRIDE
-    x = tl.load(x_ptr + n * x_sample_stride + place, mask=there, other=0).to(tl.float32)
+    x = tl.load(x_ptr + n * x_sample_stride + place, mask=present[:, None] & inside, other=0).to(tl.float32)
     count = tl.minimum(PIXELS - chunk * COLUMNS, COLUMNS).to(tl.float32)
     high = tl.sum(x, 1) / count
-    d = tl.where(there, x - high[:, None], 0.0)
+    d = tl.where(inside, x - high[:, None], 0.0)
     low = tl.sum(d, 1) / count
-    d = tl.where(there, d - low[:, None], 0.0)
+    d = tl.where(inside, d - low[:, None], 0.0)
     chunks: tl.constexpr = (PIXELS + COLUMNS - 1) // COLUMNS
     row = moments_out_ptr + (n * chunks + chunk) * (3 * CHANNELS) + channel
-    tl.store(row, high, mask=channel < CHANNELS)
-    tl.store(row + CHANNELS, low, mask=channel < CHANNELS)
-    tl.store(row + 2 * CHANNELS, tl.sum(d * d, 1), mask=channel < CHANNELS)
+    tl.store(row, high, mask=present)
+    tl.store(row + CHANNELS, low, mask=present)
+    tl.store(row + 2 * CHANNELS, tl.sum(d * d, 1), mask=present)
 
 
 @triton.jit
