@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 import ddpm_fast as df
 from ddpm_fast.accelerate import acceleration_report, computed, standardized
-from ddpm_fast.ops.conv import conv3x3, cpu_isa
+from ddpm_fast.ops.conv import conv3x3
+from tests.ops.common import needs_vectors
 
-pytestmark = pytest.mark.skipif(
-    cpu_isa() not in ("avx512", "avx2"), reason="without vector instructions torch computes the convolutions"
-)
+pytestmark = needs_vectors
 
 
 class Lucidrains(nn.Conv2d):

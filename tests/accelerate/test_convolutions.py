@@ -16,16 +16,14 @@ from torch.autograd import forward_ad
 
 import ddpm_fast as df
 from ddpm_fast.accelerate import acceleration_report, convolutions
-from ddpm_fast.ops.conv import cpu_isa
+from tests.ops.common import needs_vectors
 from tests.third_party.lucidrains import import_package
 
 from . import originals as o
 
 CL = torch.channels_last
 
-pytestmark = pytest.mark.skipif(
-    cpu_isa() not in ("avx512", "avx2"), reason="without vector instructions torch computes the convolutions"
-)
+pytestmark = needs_vectors
 
 
 @pytest.fixture

@@ -15,15 +15,11 @@ from torch import Tensor, nn
 
 import ddpm_fast as df
 from ddpm_fast.accelerate import acceleration_report, convolutions, fused
-from ddpm_fast.ops.conv import cpu_isa
+from tests.ops.common import needs_vectors
 
 from . import originals as o
 
 CL = torch.channels_last
-
-needs_kernel = pytest.mark.skipif(
-    cpu_isa() not in ("avx512", "avx2"), reason="without vector instructions torch computes the convolutions"
-)
 
 
 @pytest.fixture
@@ -73,7 +69,7 @@ def rms(difference: Tensor) -> float:
     return float(difference.double().square().mean().sqrt())
 
 
-@needs_kernel
+@needs_vectors
 @pytest.mark.parametrize("layout", [torch.contiguous_format, CL], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("name", FOLDED)
 @torch.no_grad()
@@ -102,7 +98,7 @@ def test_what_is_no_doubling_before_a_fused_convolution_stays(name: str, calls: 
     assert True not in calls
 
 
-@needs_kernel
+@needs_vectors
 @pytest.mark.parametrize("name", FOLDED)
 @torch.no_grad()
 def test_hooks_see_the_large_image(name: str, calls: list[bool]) -> None:
@@ -115,7 +111,7 @@ def test_hooks_see_the_large_image(name: str, calls: list[bool]) -> None:
     assert calls == [False]
 
 
-@needs_kernel
+@needs_vectors
 @torch.no_grad()
 def test_a_hook_on_the_doubling_and_a_slice_of_it(calls: list[bool]) -> None:
     model = df.accelerate(o.fill(sequential()))
@@ -129,7 +125,7 @@ def test_a_hook_on_the_doubling_and_a_slice_of_it(calls: list[bool]) -> None:
     assert calls == [False, False]
 
 
-@needs_kernel
+@needs_vectors
 @pytest.mark.parametrize("name", FOLDED)
 def test_gradients_other_dtypes_and_sizes_are_the_originals(name: str, calls: list[bool]) -> None:
     model = o.fill(FOLDED[name]())
@@ -149,7 +145,7 @@ def test_gradients_other_dtypes_and_sizes_are_the_originals(name: str, calls: li
             assert calls == [False, False, True]
 
 
-@needs_kernel
+@needs_vectors
 @pytest.mark.parametrize("name", FOLDED)
 @torch.no_grad()
 def test_copies_are_accelerated(name: str, calls: list[bool]) -> None:

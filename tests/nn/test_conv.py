@@ -12,13 +12,9 @@ from torch.nn.functional import conv2d
 
 import ddpm_fast as df
 from ddpm_fast.nn import Conv3x3, UNet, eager_copy
-from ddpm_fast.ops.conv import cpu_isa
+from tests.ops.common import needs_vectors
 
 CL = torch.channels_last
-
-needs_vectors = pytest.mark.skipif(
-    cpu_isa() not in ("avx512", "avx2"), reason="without vector instructions torch computes the convolutions"
-)
 
 
 def rms(difference: Tensor) -> float:

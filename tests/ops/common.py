@@ -10,6 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from ddpm_fast.ops.conv import cpu_isa
+
+needs_vectors = pytest.mark.skipif(
+    cpu_isa() not in ("avx512", "avx2"), reason="without vector instructions torch computes the convolutions"
+)
+
 # abs_quantile keeps the arithmetic that torch.quantile had until then (docs/backends.md).
 bits_of_torchs_quantile = pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14), reason="torch 2.14 rounds a quantile's rank otherwise"

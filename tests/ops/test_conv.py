@@ -14,7 +14,7 @@ from torch.nn.functional import conv2d, silu
 from ddpm_fast.ops import conv3x3, plan_conv3x3, prepare_conv3x3
 from ddpm_fast.ops.conv import CONV3X3, MODES, cpu_isa, pack
 
-from .common import run_with_isa, same_bits, shape_id
+from .common import needs_vectors, run_with_isa, same_bits, shape_id
 
 CL = torch.channels_last
 TILES = [(2, 2), (4, 2), (4, 4)]
@@ -57,10 +57,6 @@ LAYERS = [
     (512, 64, 8),
     (512, 128, 4),
 ]
-
-needs_vectors = pytest.mark.skipif(
-    cpu_isa() not in ("avx512", "avx2"), reason="without vector instructions torch computes the convolutions"
-)
 
 
 def layer(
