@@ -7,7 +7,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <memory>
 
 #include "kernels.h"
 #include "scratch.h"
@@ -136,6 +135,26 @@ void run_projected(const LinearAttention& op, Projections with, const Image& ima
   });
 }
 
+LinearAttention describe(const Tensor& x, const char* name, const Tensor& out, int64_t heads, double scale) {
+  STD_TORCH_CHECK(x.dim() >= 2 && x.scalar_type() == ScalarType::Float && x.is_cpu(), name,
+                  " must be a float32 CPU tensor (N, C, *)");
+  LinearAttention op{};
+  op.heads = heads;
+  op.scale = static_cast<float>(scale);
+  op.qkv = image_of(x, name);
+  op.out = dense_image_of(out, "out");
+  return op;
+}
+
+// A head's channels, where the queries, keys and values of all heads have `channels`.
+void set_dim(LinearAttention& op, const char* name, int64_t channels) {
+  STD_TORCH_CHECK(op.heads > 0 && channels % (3 * op.heads) == 0, name, " has ", channels, " channels, which 3 times ",
+                  op.heads, " heads do not divide");
+  op.dim = channels / (3 * op.heads);
+  STD_TORCH_CHECK(0 < op.dim && op.dim <= kMostChannels, "a head has ", op.dim, " channels; 1 to ", kMostChannels,
+                  " are allowed");
+}
+
 void read_memory(LinearAttention& op, const std::optional<Tensor>& memory) {
   if (!memory) return;
   STD_TORCH_CHECK(memory->scalar_type() == ScalarType::Float && memory->is_cpu() && memory->is_contiguous() &&
@@ -164,18 +183,8 @@ const float* matrix(const Tensor& weight, int64_t rows, int64_t columns, const c
 }  // namespace
 
 void linear_attention(Tensor qkv, std::optional<Tensor> memory, int64_t heads, double scale, Tensor out) {
-  STD_TORCH_CHECK(qkv.dim() >= 2 && qkv.scalar_type() == ScalarType::Float && qkv.is_cpu(),
-                  "qkv must be a float32 CPU tensor (N, C, *)");
-  LinearAttention op{};
-  op.heads = heads;
-  op.scale = static_cast<float>(scale);
-  op.qkv = image_of(qkv, "qkv");
-  op.out = dense_image_of(out, "out");
-  STD_TORCH_CHECK(heads > 0 && op.qkv.channels % (3 * heads) == 0, "qkv has ", op.qkv.channels,
-                  " channels, which 3 times ", heads, " heads do not divide");
-  op.dim = op.qkv.channels / (3 * heads);
-  STD_TORCH_CHECK(0 < op.dim && op.dim <= kMostChannels, "a head has ", op.dim, " channels; 1 to ", kMostChannels,
-                  " are allowed");
+  LinearAttention op = describe(qkv, "qkv", out, heads, scale);
+  set_dim(op, "qkv", op.qkv.channels);
   check_out(op, out, heads * op.dim);
   read_memory(op, memory);
   if (qkv.numel() == 0) return;
@@ -184,19 +193,10 @@ void linear_attention(Tensor qkv, std::optional<Tensor> memory, int64_t heads, d
 
 void projected_linear_attention(Tensor x, Tensor qkv_weight, Tensor out_weight, std::optional<Tensor> out_bias,
                                 std::optional<Tensor> memory, int64_t heads, double scale, Tensor out) {
-  STD_TORCH_CHECK(x.dim() >= 2 && x.scalar_type() == ScalarType::Float && x.is_cpu(),
-                  "x must be a float32 CPU tensor (N, C, *)");
-  LinearAttention op{};
-  op.heads = heads;
-  op.scale = static_cast<float>(scale);
-  op.qkv = image_of(x, "x");
-  op.out = dense_image_of(out, "out");
+  LinearAttention op = describe(x, "x", out, heads, scale);
   const int64_t rows = qkv_weight.size(0);
-  STD_TORCH_CHECK(heads > 0 && rows % (3 * heads) == 0, "qkv_weight has ", rows, " rows, which 3 times ", heads,
-                  " heads do not divide");
-  op.dim = rows / (3 * heads);
-  STD_TORCH_CHECK(0 < op.dim && op.dim <= kMostChannels && op.dim % 16 == 0, "a head has ", op.dim,
-                  " channels; multiples of 16 up to ", kMostChannels, " are allowed");
+  set_dim(op, "qkv_weight", rows);
+  STD_TORCH_CHECK(op.dim % 16 == 0, "a head has ", op.dim, " channels; multiples of 16 are allowed");
   Projections with{};
   with.channels = op.qkv.channels;
   with.outputs = out_weight.size(0);

@@ -246,6 +246,20 @@ static void attention_context(const LinearAttention& op, float* parts) {
       store(first.context + at, load(first.context + at) / splat(first.sum[d]) * op.scale);
 }
 
+// exp(x - the largest) of each of n channels, whole vectors, vector v to `to` + v * kLanes * step; and their sum.
+DDPM_FAST_INLINE float exponentials(const float* row, int64_t n, float* to, int64_t step) {
+  F largest = load(row);
+  for (int64_t c = kLanes; c < n; c += kLanes) largest = max(largest, load(row + c));
+  const F most = splat(max_of_lanes(largest));
+  F sum = splat(0.0f);
+  for (int64_t c = 0; c < n; c += kLanes) {
+    const F w = exp_of_negative(load(row + c) - most);
+    store(to + c * step, w);
+    sum = sum + w;
+  }
+  return sum_of_lanes(sum);
+}
+
 // A chunk of the result: the queries' softmax over the channels, times the context.
 static void attention_apply(const LinearAttention& op, const float* query, const float* context, int64_t chunk,
                             float* scratch, float* out) {
@@ -257,19 +271,8 @@ static void attention_apply(const LinearAttention& op, const float* query, const
     const Rows q = rows_of(query + begin * op.qkv.pixel_stride, op.qkv.channel_stride, op.qkv.pixel_stride, pixels, dim,
                            kLowest, query_copy);
     float divisor[kBlock];
-    for (int64_t p = 0; p < pixels; ++p) {
-      const float* const row = q.data + p * q.stride;
-      F largest = load(row);
-      for (int64_t c = kLanes; c < padded; c += kLanes) largest = max(largest, load(row + c));
-      const F most = splat(max_of_lanes(largest));
-      F sum = splat(0.0f);
-      for (int64_t c = 0; c < padded; c += kLanes) {
-        const F w = exp_of_negative(load(row + c) - most);
-        store(weight + c * kBlock + p * kLanes, w);
-        sum = sum + w;
-      }
-      divisor[p] = sum_of_lanes(sum);
-    }
+    for (int64_t p = 0; p < pixels; ++p)
+      divisor[p] = exponentials(q.data + p * q.stride, padded, weight + p * kLanes, kBlock);
     float* const to = direct ? out + begin * op.out.pixel_stride : result;
     const int64_t stride = direct ? op.out.pixel_stride : padded;
     for_each_tile(pixels, padded / kLanes, [&](auto rows, auto vectors, int64_t row, int64_t column) {
@@ -374,16 +377,7 @@ static void projected_apply(const LinearAttention& op, const Projections& with, 
                       {with.queries + head * with.channels * dim, dim}, with.channels, dim, false, query);
     for (int64_t p = 0; p < pixels; ++p) {
       float* const row = query + p * dim;
-      F largest = load(row);
-      for (int64_t c = kLanes; c < dim; c += kLanes) largest = max(largest, load(row + c));
-      const F most = splat(max_of_lanes(largest));
-      F sum = splat(0.0f);
-      for (int64_t c = 0; c < dim; c += kLanes) {
-        const F w = exp_of_negative(load(row + c) - most);
-        store(row + c, w);
-        sum = sum + w;
-      }
-      const F share = splat(1.0f / sum_of_lanes(sum));
+      const F share = splat(1.0f / exponentials(row, dim, row, 1));
       for (int64_t c = 0; c < dim; c += kLanes) store(row + c, load(row + c) * share);
     }
     multiply_matrices({query, dim}, pixels, {contexts + head * dim * out_columns, out_columns}, dim, out_columns,

@@ -12,13 +12,14 @@ struct Power {
 #if defined(DDPM_FAST_ISA_AVX512)
 DDPM_FAST_INLINE Power power_of_four(F u) {
   alignas(64) static constexpr float kTable[kLanes] = {
-      1.0f, 0x1.172b84p+0f, 0x1.306fe0p+0f, 0x1.4bfdaep+0f, 0x1.6a09e6p+0f, 0x1.8ace54p+0f, 0x1.ae89fap+0f, 0x1.d5818ep+0f,
-      1.0f, 0x1.172b84p+0f, 0x1.306fe0p+0f, 0x1.4bfdaep+0f, 0x1.6a09e6p+0f, 0x1.8ace54p+0f, 0x1.ae89fap+0f, 0x1.d5818ep+0f};
+      1.0f, 0x1.172b84p+0f, 0x1.306fe0p+0f, 0x1.4bfdaep+0f, 0x1.6a09e6p+0f, 0x1.8ace54p+0f, 0x1.ae89fap+0f,
+      0x1.d5818ep+0f, 1.0f, 0x1.172b84p+0f, 0x1.306fe0p+0f, 0x1.4bfdaep+0f, 0x1.6a09e6p+0f, 0x1.8ace54p+0f,
+      0x1.ae89fap+0f, 0x1.d5818ep+0f};
   constexpr float kRound = 1572864.0f;  // 1.5 * 2^20: one unit in the last place is 1/8
   const F t = fma(u, splat(2.0f), splat(kRound));
-  const __m512 eighth = _mm512_permutexvar_ps(bits(t).v, load(kTable).v);
+  const F eighth = from_bits(lookup8(bits(load(kTable)), bits(t)));
   constexpr int kSixteenths = 4 << 4;  // four bits of fraction, rounded to nearest
-  return {{_mm512_scalef_ps(eighth, (t - kRound).v)}, {_mm512_reduce_ps(u.v, kSixteenths)}};
+  return {{_mm512_scalef_ps(eighth.v, (t - kRound).v)}, {_mm512_reduce_ps(u.v, kSixteenths)}};
 }
 #else
 // Here 2^n is shifted into place and added to the bits of 2^(k / 8) less what k, shifted along with n, adds.
