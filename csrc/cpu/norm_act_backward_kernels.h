@@ -1,12 +1,17 @@
 namespace ddpm_fast {
 namespace DDPM_FAST_ISA {
 
-// Where grad_x is float32 it holds grad_z between the two passes; otherwise grad_z is worked out twice.
+// Gradients are those of u = kUnitOfZ z, of which the coefficients make grad_x; sums are handed over as those of z.
+//
+// Where grad_x is float32 it holds grad_u between the two passes; otherwise grad_u is worked out twice.
 template <class T, bool kActivation> constexpr bool kept_in_grad_x = kActivation && std::is_same_v<T, float>;
 
-template <bool kActivation> DDPM_FAST_INLINE F gradient_of_z(F grad_out, F difference, F factor, F offset) {
-  if constexpr (kActivation) return grad_out * silu_derivative(fma(difference, factor, offset));
+template <bool kActivation> DDPM_FAST_INLINE F gradient_of_u(F grad_out, F difference, F factor, F offset) {
+  if constexpr (kActivation) return grad_out * silu_derivative_in_units(fma(difference, factor, offset));
   return grad_out;
+}
+template <bool kActivation> static inline ChannelSums sums_of_z(double gradient, double product, double difference) {
+  return {kUnitOfZ<kActivation> * gradient, kUnitOfZ<kActivation> * product, difference};
 }
 
 // ---- Channels first ----
@@ -26,7 +31,7 @@ static ChannelSums run_sums(const T* grad_out, const T* x, T* grad_x, int64_t n,
   for (int64_t i = 0; i + kLanes <= n; i += kLanes) {
     prefetch(grad_out + i, x + i, grad_x + i);
     const F d = difference(load(x + i));
-    const F g = gradient_of_z<kActivation>(load(grad_out + i), d, factor, offset);
+    const F g = gradient_of_u<kActivation>(load(grad_out + i), d, factor, offset);
     if (kept_in_grad_x<T, kActivation> && grad_x != nullptr) put(grad_x + i, g);
     gradient = gradient + g;
     product = fma(g, d, product);
@@ -35,18 +40,18 @@ static ChannelSums run_sums(const T* grad_out, const T* x, T* grad_x, int64_t n,
   if (n % kLanes != 0) {
     const Tail tail = tail_of(n);
     const F d = kept(difference(load(x, tail)), tail);
-    const F g = gradient_of_z<kActivation>(load(grad_out, tail), difference(load(x, tail)), factor, offset);
+    const F g = gradient_of_u<kActivation>(load(grad_out, tail), difference(load(x, tail)), factor, offset);
     if (kept_in_grad_x<T, kActivation> && grad_x != nullptr) put(grad_x, g, tail);
     gradient = gradient + kept(g, tail);
     product = fma(kept(g, tail), d, product);
     differences = differences + d;
   }
-  return {sum_of_lanes(gradient), sum_of_lanes(product), sum_of_lanes(differences)};
+  return sums_of_z<kActivation>(sum_of_lanes(gradient), sum_of_lanes(product), sum_of_lanes(differences));
 }
 
 template <class T, bool kActivation>
 DDPM_FAST_INLINE F gradient_of_x(F grad, F d, F factor, F offset, F slope, F constant) {
-  if constexpr (!kept_in_grad_x<T, kActivation>) grad = gradient_of_z<kActivation>(grad, d, factor, offset);
+  if constexpr (!kept_in_grad_x<T, kActivation>) grad = gradient_of_u<kActivation>(grad, d, factor, offset);
   return fma(grad, factor, fma(d, slope, constant));
 }
 
@@ -76,51 +81,74 @@ struct RowSums {
   float *gradient, *product, *difference;
 };
 
-template <class T, bool kActivation>
-DDPM_FAST_INLINE void sum_row(const T* grad_out, const T* x, T* grad_x, int64_t n, RowCoefficients& k,
-                              const RowSums& sums) {
+// Of several rows at a time, so that a row's coefficients and sums are read and written once for all of them.
+constexpr int kRowsAbreast = 4;
+
+template <int kRows, class T, bool kActivation>
+DDPM_FAST_INLINE void sum_rows(const T* grad_out, const T* x, T* grad_x, int64_t row, int64_t n, RowCoefficients& k,
+                               const RowSums& sums) {
   const float *const embedding = k.embedding(), *const center = k.center(), *const factor = k.factor();
   const float* const offset = k.offset();
+  const bool put_gradient = kept_in_grad_x<T, kActivation> && grad_x != nullptr;
   for (int64_t i = 0; i + kLanes <= n; i += kLanes) {
-    prefetch(grad_out + i, x + i, grad_x + i);
-    const F d = row_difference(load(x + i), embedding, center, i);
-    const F g = gradient_of_z<kActivation>(load(grad_out + i), d, load(factor + i), load(offset + i));
-    if (kept_in_grad_x<T, kActivation> && grad_x != nullptr) put(grad_x + i, g);
-    store(sums.gradient + i, load(sums.gradient + i) + g);
-    store(sums.product + i, fma(g, d, load(sums.product + i)));
-    if (embedding != nullptr) store(sums.difference + i, load(sums.difference + i) + d);
+    F gradient = load(sums.gradient + i), product = load(sums.product + i), differences = splat(0.0f);
+    DDPM_FAST_UNROLL for (int r = 0; r < kRows; ++r) {
+      const int64_t at = r * row + i;
+      const F d = row_difference(load(x + at), embedding, center, i);
+      const F g = gradient_of_u<kActivation>(load(grad_out + at), d, load(factor + i), load(offset + i));
+      if (put_gradient) put(grad_x + at, g);
+      gradient = gradient + g;
+      product = fma(g, d, product);
+      differences = differences + d;
+    }
+    store(sums.gradient + i, gradient);
+    store(sums.product + i, product);
+    if (embedding != nullptr) store(sums.difference + i, load(sums.difference + i) + differences);
   }
   if (n % kLanes == 0) return;
   const Tail tail = tail_of(n);
   const int64_t i = tail.at;
-  const F d = row_difference(load(x, tail), embedding, center, i);
-  const F g = gradient_of_z<kActivation>(load(grad_out, tail), d, load(factor + i), load(offset + i));
-  if (kept_in_grad_x<T, kActivation> && grad_x != nullptr) put(grad_x, g, tail);
-  store(sums.gradient + i, load(sums.gradient + i) + kept(g, tail));
-  store(sums.product + i, fma(kept(g, tail), kept(d, tail), load(sums.product + i)));
-  if (embedding != nullptr) store(sums.difference + i, load(sums.difference + i) + kept(d, tail));
+  for (int r = 0; r < kRows; ++r) {
+    const F d = row_difference(load(x + r * row, tail), embedding, center, i);
+    const F g = gradient_of_u<kActivation>(load(grad_out + r * row, tail), d, load(factor + i), load(offset + i));
+    if (put_gradient) put(grad_x + r * row, g, tail);
+    store(sums.gradient + i, load(sums.gradient + i) + kept(g, tail));
+    store(sums.product + i, fma(kept(g, tail), kept(d, tail), load(sums.product + i)));
+    if (embedding != nullptr) store(sums.difference + i, load(sums.difference + i) + kept(d, tail));
+  }
 }
 
-template <class T, bool kActivation>
-DDPM_FAST_INLINE void gradient_row(const T* grad, const T* x, T* grad_x, int64_t n, RowCoefficients& k,
-                                   const float* slope, const float* constant) {
+template <int kRows, class T, bool kActivation>
+DDPM_FAST_INLINE void gradient_rows(const T* grad, const T* x, T* grad_x, int64_t row, int64_t n, RowCoefficients& k,
+                                    const float* slope, const float* constant) {
   const float *const embedding = k.embedding(), *const center = k.center(), *const factor = k.factor();
   const float* const offset = k.offset();
+  const auto gradient = [&](F g, F v, int64_t i) {
+    return gradient_of_x<T, kActivation>(g, row_difference(v, embedding, center, i), load(factor + i), load(offset + i),
+                                         load(slope + i), load(constant + i));
+  };
   const bool has_tail = n % kLanes != 0;
   const Tail tail = tail_of(n);
-  const F last = has_tail ? load(grad, tail) : splat(0.0f);
+  F last[kRows];
+  if (has_tail)
+    for (int r = 0; r < kRows; ++r) last[r] = load(grad + r * row, tail);
   for (int64_t i = 0; i + kLanes <= n; i += kLanes)
-    put(grad_x + i, gradient_of_x<T, kActivation>(load(grad + i), row_difference(load(x + i), embedding, center, i),
-                                                    load(factor + i), load(offset + i), load(slope + i),
-                                                    load(constant + i)));
-  if (has_tail) {
-    const int64_t i = tail.at;
-    const F d = row_difference(load(x, tail), embedding, center, i);
-    put(grad_x,
-          gradient_of_x<T, kActivation>(last, d, load(factor + i), load(offset + i), load(slope + i),
-                                        load(constant + i)),
-          tail);
-  }
+    DDPM_FAST_UNROLL for (int r = 0; r < kRows; ++r) {
+      const int64_t at = r * row + i;
+      put(grad_x + at, gradient(load(grad + at), load(x + at), i));
+    }
+  if (has_tail)
+    for (int r = 0; r < kRows; ++r)
+      put(grad_x + r * row, gradient(last[r], load(x + r * row, tail), tail.at), tail);
+}
+
+// Calls rows(kRows, at, n) for all elements of a part: kRows rows of n from `at` on.
+template <class Rows> DDPM_FAST_INLINE void for_rows(int64_t first, int64_t size, int64_t row, const Rows& rows) {
+  int64_t at = first;
+  const int64_t end = first + size;
+  for (; at + kRowsAbreast * row <= end; at += kRowsAbreast * row)
+    rows(std::integral_constant<int, kRowsAbreast>{}, at, row);
+  for (; at < end; at += row) rows(std::integral_constant<int, 1>{}, at, std::min(row, end - at));
 }
 
 // ---- Parts of units, in either order ----
@@ -132,7 +160,7 @@ static void part_sums(const NormAct& op, const T* grad_out, const T* x, T* grad_
                       int64_t end, const double* mean, const double* rstd, ChannelSums* sums) {
   if (op.order == Order::kChannelsFirst) {
     const Pieces pieces(1, op.pixels);
-    const Channels channels(op, unit / op.groups);
+    const Channels channels(op, unit / op.groups, kUnitOfZ<kActivation>);
     const int64_t channel = unit % op.groups * op.width();
     for (int64_t c = begin; c < end; ++c) {
       const ChannelCoefficients k = channels.coefficients(channel + c, *mean, *rstd);
@@ -147,20 +175,20 @@ static void part_sums(const NormAct& op, const T* grad_out, const T* x, T* grad_
   }
   const Chunks chunks(op);
   const int64_t row = chunks.row(), repeat = chunks.repeat();
-  RowCoefficients k(op, chunks, unit, mean, rstd);
+  RowCoefficients k(op, chunks, unit, mean, rstd, kUnitOfZ<kActivation>);
   RowBuffers<3> buffers(row);
   const RowSums row_sums{buffers[0], buffers[1], buffers[2]};
   for (int64_t i = begin; i < end; ++i) {
     const int64_t first = chunks.pixel(i) * op.channels, size = chunks.pixels(i) * op.channels;
     for (int sum = 0; sum < 3; ++sum) buffers.clear(sum);
-    for (int64_t at = first; at < first + size; at += row)
-      sum_row<T, kActivation>(grad_out + at, x + at, grad_x ? grad_x + at : nullptr, std::min(row, first + size - at),
-                              k, row_sums);
+    for_rows(first, size, row, [&](auto rows, int64_t at, int64_t n) {
+      sum_rows<rows(), T, kActivation>(grad_out + at, x + at, grad_x ? grad_x + at : nullptr, row, n, k, row_sums);
+    });
     ChannelSums* const to = sums + i * op.channels;
     for (int64_t c = 0; c < op.channels; ++c)
-      to[c] = {sum_of_channels(row_sums.gradient, repeat, op.channels, c, 1),
-               sum_of_channels(row_sums.product, repeat, op.channels, c, 1),
-               sum_of_channels(row_sums.difference, repeat, op.channels, c, 1)};
+      to[c] = sums_of_z<kActivation>(sum_of_channels(row_sums.gradient, repeat, op.channels, c, 1),
+                                     sum_of_channels(row_sums.product, repeat, op.channels, c, 1),
+                                     sum_of_channels(row_sums.difference, repeat, op.channels, c, 1));
   }
 }
 
@@ -171,7 +199,7 @@ static void gradient_parts(const NormAct& op, const T* grad_out, const T* x, T* 
                            int64_t end, const double* mean, const double* rstd, const Along* along) {
   const T* const grad = kept_in_grad_x<T, kActivation> ? grad_x : grad_out;
   if (op.order == Order::kChannelsFirst) {
-    const Channels channels(op, unit / op.groups);
+    const Channels channels(op, unit / op.groups, kUnitOfZ<kActivation>);
     const int64_t channel = unit % op.groups * op.width();
     const GradientCoefficients g = gradient_coefficients(*mean, *rstd, *along);
     for (int64_t c = begin; c < end; ++c) {
@@ -183,7 +211,7 @@ static void gradient_parts(const NormAct& op, const T* grad_out, const T* x, T* 
   }
   const Chunks chunks(op);
   const int64_t row = chunks.row();
-  RowCoefficients k(op, chunks, unit, mean, rstd);
+  RowCoefficients k(op, chunks, unit, mean, rstd, kUnitOfZ<kActivation>);
   RowBuffers<2> buffers(row);
   float *const slope = buffers[0], *const constant = buffers[1];
   for (int64_t c = 0; c < op.channels; ++c) {
@@ -195,9 +223,9 @@ static void gradient_parts(const NormAct& op, const T* grad_out, const T* x, T* 
   for (int i = 0; i < 2; ++i) repeat_row(buffers[i], chunks.repeat(), op.channels);
   for (int64_t i = end - 1; i >= begin; --i) {
     const int64_t first = chunks.pixel(i) * op.channels, size = chunks.pixels(i) * op.channels;
-    for (int64_t at = first; at < first + size; at += row)
-      gradient_row<T, kActivation>(grad + at, x + at, grad_x + at, std::min(row, first + size - at), k, slope,
-                                   constant);
+    for_rows(first, size, row, [&](auto rows, int64_t at, int64_t n) {
+      gradient_rows<rows(), T, kActivation>(grad + at, x + at, grad_x + at, row, n, k, slope, constant);
+    });
   }
 }
 

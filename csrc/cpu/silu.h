@@ -47,6 +47,13 @@ DDPM_FAST_INLINE F one_plus_power_of_four(F u, double factor) {
 // SiLU of z, from u = kSiluUnit z.
 DDPM_FAST_INLINE F silu_in_units(F u) { return u / one_plus_power_of_four(u, kSiluUnit); }
 
+// The derivative of SiLU by u: (s + s z (1 - s)) / kSiluUnit, s = sigmoid(z), of which s / kSiluUnit is one division.
+DDPM_FAST_INLINE F silu_derivative_in_units(F u) {
+  constexpr float kOne = static_cast<float>(1.0 / kSiluUnit);
+  const F s = splat(1.0f) / one_plus_power_of_four(u, kSiluUnit);
+  return fma(s, u * (kOne - s), s);
+}
+
 DDPM_FAST_INLINE F one_plus_exp_neg(F z) { return one_plus_power_of_four(z * static_cast<float>(kSiluUnit), 1.0); }
 
 DDPM_FAST_INLINE F silu(F z) { return z / one_plus_exp_neg(z); }
