@@ -132,28 +132,29 @@ struct ParameterGradients {
 
 void parameter_gradients(const NormAct& op, const ChannelSums* sums, const double* mean, const double* rstd,
                          const Along* along, const ParameterGradients& out) {
-  for (int64_t c = 0; c < op.channels; ++c) {
-    const double weight = op.weight.data ? op.weight.data[c] : 1.0, bias = op.bias.data ? op.bias.data[c] : 0.0;
-    double weight_sum = 0, bias_sum = 0;
-    for (int64_t n = 0; n < op.samples; ++n) {
-      const int64_t at = n * op.channels + c, group = n * op.groups + c / op.width();
+  std::vector<double> weight_sums(op.channels), bias_sums(op.channels);
+  const double pixels = static_cast<double>(op.pixels);
+  for (int64_t group = 0; group < op.samples * op.groups; ++group) {
+    const int64_t n = group / op.groups, first = group % op.groups * op.width();
+    for (int64_t c = first; c < first + op.width(); ++c) {
+      const int64_t at = n * op.channels + c;
       const ChannelSums& sum = sums[at];
       const double product = xhat_product(sum, mean[group], rstd[group]);
+      const double weight = op.weight.data ? op.weight.data[c] : 1.0, bias = op.bias.data ? op.bias.data[c] : 0.0;
       const double one_plus_scale = op.scale.data ? 1.0 + op.scale.row(n)[c] : 1.0;
-      weight_sum += one_plus_scale * product;
-      bias_sum += one_plus_scale * sum.gradient;
+      weight_sums[c] += one_plus_scale * product;
+      bias_sums[c] += one_plus_scale * sum.gradient;
       if (out.scale) out.scale[at] = static_cast<float>(weight * product + bias * sum.gradient);
       if (out.shift) out.shift[at] = static_cast<float>(sum.gradient);
       if (out.embedding)
-        out.embedding[at] =
-            static_cast<float>(rstd[group] * (weight * one_plus_scale * sum.gradient -
-                                              static_cast<double>(op.pixels) * along[group].mean -
-                                              along[group].xhat *
-                                                  xhat_sum(sum, static_cast<double>(op.pixels), mean[group],
-                                                           rstd[group])));
+        out.embedding[at] = static_cast<float>(
+            rstd[group] * (weight * one_plus_scale * sum.gradient - pixels * along[group].mean -
+                           along[group].xhat * xhat_sum(sum, pixels, mean[group], rstd[group])));
     }
-    if (out.weight) out.weight[c] = static_cast<float>(weight_sum);
-    if (out.bias) out.bias[c] = static_cast<float>(bias_sum);
+  }
+  for (int64_t c = 0; c < op.channels; ++c) {
+    if (out.weight) out.weight[c] = static_cast<float>(weight_sums[c]);
+    if (out.bias) out.bias[c] = static_cast<float>(bias_sums[c]);
   }
 }
 
@@ -185,19 +186,22 @@ void backward(const NormAct& op, const Image& grad_out_image, const Image& x_ima
          rstd + unit * groups, channels_first ? &sums[unit * channels] : &chunk_sums[unit * parts * channels]);
       },
       [&](int64_t unit) {
-        const int64_t sample = channels_first ? unit / op.groups : unit;
+        ChannelSums* const sum = &sums[unit * channels];
         if (!channels_first)
-          for (int64_t i = 0; i < parts * channels; ++i)
-            sums[unit * channels + i % channels] += chunk_sums[unit * parts * channels + i];
-        for (int64_t c = 0; c < channels; ++c) {
-          const int64_t channel = (unit * channels + c) % op.channels;
-          const ChannelSums& sum = sums[unit * channels + c];
-          const double weight = (op.weight.data ? op.weight.data[channel] : 1.0) *
-                                (op.scale.data ? 1.0 + op.scale.row(sample)[channel] : 1.0);
-          const int64_t group = sample * op.groups + channel / op.width();
-          const double size = static_cast<double>(op.group_size());
-          along[group].mean += weight * sum.gradient / size;
-          along[group].xhat += weight * xhat_product(sum, mean[group], rstd[group]) / size;
+          for (int64_t part = unit * parts; part < (unit + 1) * parts; ++part)
+            for (int64_t c = 0; c < channels; ++c) sum[c] += chunk_sums[part * channels + c];
+        const double size = static_cast<double>(op.group_size());
+        const int64_t sample = unit * channels / op.channels;
+        const float *const weight = op.weight.data, *const scale = op.scale.row(sample);
+        for (int64_t g = 0; g < groups; ++g) {
+          const int64_t group = unit * groups + g, channel = group % op.groups * op.width();
+          ChannelSums of_xhat;
+          for (int64_t c = 0; c < op.width(); ++c) {
+            const double factor = (weight ? weight[channel + c] : 1.0) * (scale ? 1.0 + scale[channel + c] : 1.0);
+            of_xhat.gradient += factor * sum[g * op.width() + c].gradient;
+            of_xhat.product += factor * sum[g * op.width() + c].product;
+          }
+          along[group] = {of_xhat.gradient / size, xhat_product(of_xhat, mean[group], rstd[group]) / size};
         }
       },
       [&](int64_t unit, int64_t begin, int64_t end) {

@@ -16,10 +16,10 @@ template <bool kActivation> static inline ChannelSums sums_of_z(double gradient,
 
 // ---- Channels first ----
 
-template <class T> DDPM_FAST_INLINE void prefetch(const T* grad_out, const T* x, const T* grad_x) {
-  __builtin_prefetch(grad_out + kAhead);
-  __builtin_prefetch(x + kAhead);
-  __builtin_prefetch(grad_x + kAhead);
+template <class T> DDPM_FAST_INLINE void prefetch(const T* grad_out, const T* x, const T* grad_x, int64_t ahead) {
+  __builtin_prefetch(grad_out + ahead);
+  __builtin_prefetch(x + ahead);
+  __builtin_prefetch(grad_x + ahead);
 }
 
 template <class T, bool kActivation>
@@ -29,7 +29,7 @@ static ChannelSums run_sums(const T* grad_out, const T* x, T* grad_x, int64_t n,
   const F factor = splat(k.factor), offset = splat(k.offset);
   F gradient = splat(0.0f), product = splat(0.0f), differences = splat(0.0f);
   for (int64_t i = 0; i + kLanes <= n; i += kLanes) {
-    prefetch(grad_out + i, x + i, grad_x + i);
+    prefetch(grad_out + i, x + i, grad_x + i, kAhead);
     const F d = difference(load(x + i));
     const F g = gradient_of_u<kActivation>(load(grad_out + i), d, factor, offset);
     if (kept_in_grad_x<T, kActivation> && grad_x != nullptr) put(grad_x + i, g);
@@ -81,7 +81,8 @@ struct RowSums {
   float *gradient, *product, *difference;
 };
 
-// Of several rows at a time, so that a row's coefficients and sums are read and written once for all of them.
+// Several rows at a time, so that their coefficients are read once for all of them, and their sums read and written. The
+// rows that come next are prefetched: so many streams of memory are more than the processor follows by itself.
 constexpr int kRowsAbreast = 4;
 
 template <int kRows, class T, bool kActivation>
@@ -94,6 +95,7 @@ DDPM_FAST_INLINE void sum_rows(const T* grad_out, const T* x, T* grad_x, int64_t
     F gradient = load(sums.gradient + i), product = load(sums.product + i), differences = splat(0.0f);
     DDPM_FAST_UNROLL for (int r = 0; r < kRows; ++r) {
       const int64_t at = r * row + i;
+      prefetch(grad_out + at, x + at, grad_x + at, kRows * row);
       const F d = row_difference(load(x + at), embedding, center, i);
       const F g = gradient_of_u<kActivation>(load(grad_out + at), d, load(factor + i), load(offset + i));
       if (put_gradient) put(grad_x + at, g);
@@ -135,6 +137,7 @@ DDPM_FAST_INLINE void gradient_rows(const T* grad, const T* x, T* grad_x, int64_
   for (int64_t i = 0; i + kLanes <= n; i += kLanes)
     DDPM_FAST_UNROLL for (int r = 0; r < kRows; ++r) {
       const int64_t at = r * row + i;
+      prefetch(grad + at, x + at, grad_x + at, kRows * row);
       put(grad_x + at, gradient(load(grad + at), load(x + at), i));
     }
   if (has_tail)
