@@ -6,15 +6,29 @@ namespace DDPM_FAST_ISA {
 // Where grad_x is float32 it holds grad_u between the two passes; otherwise grad_u is worked out twice.
 template <class T, bool kActivation> constexpr bool kept_in_grad_x = kActivation && std::is_same_v<T, float>;
 
+// In the place of grad_out.
+template <bool kActivation, int n>
+DDPM_FAST_INLINE void gradients_of_u(F (&grad_out)[n], const F (&difference)[n], F factor, F offset) {
+  if constexpr (kActivation) {
+    F u[n];
+    DDPM_FAST_UNROLL for (int i = 0; i < n; ++i) u[i] = fma(difference[i], factor, offset);
+    silu_derivatives_in_units(u);
+    DDPM_FAST_UNROLL for (int i = 0; i < n; ++i) grad_out[i] = grad_out[i] * u[i];
+  }
+}
 template <bool kActivation> DDPM_FAST_INLINE F gradient_of_u(F grad_out, F difference, F factor, F offset) {
-  if constexpr (kActivation) return grad_out * silu_derivative_in_units(fma(difference, factor, offset));
-  return grad_out;
+  F grad[1] = {grad_out};
+  const F d[1] = {difference};
+  gradients_of_u<kActivation>(grad, d, factor, offset);
+  return grad[0];
 }
 template <bool kActivation> static inline ChannelSums sums_of_z(double gradient, double product, double difference) {
   return {kUnitOfZ<kActivation> * gradient, kUnitOfZ<kActivation> * product, difference};
 }
 
 // ---- Channels first ----
+
+constexpr int kAbreast = 2;  // vectors whose exponentials are worked out at once
 
 template <class T> DDPM_FAST_INLINE void prefetch(const T* grad_out, const T* x, const T* grad_x, int64_t ahead) {
   __builtin_prefetch(grad_out + ahead);
@@ -28,15 +42,26 @@ static ChannelSums run_sums(const T* grad_out, const T* x, T* grad_x, int64_t n,
   const Differences difference(k);
   const F factor = splat(k.factor), offset = splat(k.offset);
   F gradient = splat(0.0f), product = splat(0.0f), differences = splat(0.0f);
-  for (int64_t i = 0; i + kLanes <= n; i += kLanes) {
-    prefetch(grad_out + i, x + i, grad_x + i, kAhead);
-    const F d = difference(load(x + i));
-    const F g = gradient_of_u<kActivation>(load(grad_out + i), d, factor, offset);
-    if (kept_in_grad_x<T, kActivation> && grad_x != nullptr) put(grad_x + i, g);
-    gradient = gradient + g;
-    product = fma(g, d, product);
-    if (with_differences) differences = differences + d;
-  }
+  const auto vectors = [&](auto count, int64_t i) __attribute__((always_inline)) {
+    constexpr int kCount = decltype(count)::value;
+    F d[kCount], g[kCount];
+    DDPM_FAST_UNROLL for (int v = 0; v < kCount; ++v) {
+      const int64_t at = i + v * kLanes;
+      prefetch(grad_out + at, x + at, grad_x + at, kAhead);
+      d[v] = difference(load(x + at));
+      g[v] = load(grad_out + at);
+    }
+    gradients_of_u<kActivation>(g, d, factor, offset);
+    DDPM_FAST_UNROLL for (int v = 0; v < kCount; ++v) {
+      if (kept_in_grad_x<T, kActivation> && grad_x != nullptr) put(grad_x + i + v * kLanes, g[v]);
+      gradient = gradient + g[v];
+      product = fma(g[v], d[v], product);
+      if (with_differences) differences = differences + d[v];
+    }
+  };
+  int64_t i = 0;
+  for (; i + kAbreast * kLanes <= n; i += kAbreast * kLanes) vectors(std::integral_constant<int, kAbreast>{}, i);
+  for (; i + kLanes <= n; i += kLanes) vectors(std::integral_constant<int, 1>{}, i);
   if (n % kLanes != 0) {
     const Tail tail = tail_of(n);
     const F d = kept(difference(load(x, tail)), tail);
@@ -81,9 +106,13 @@ struct RowSums {
   float *gradient, *product, *difference;
 };
 
-// Several rows at a time, so that their coefficients are read once for all of them, and their sums read and written. The
-// rows that come next are prefetched: so many streams of memory are more than the processor follows by itself.
+// Several rows at a time, so that coefficients are read once for all of them, and sums read and written. The rows that
+// come next are prefetched: so many streams of memory are more than the processor follows by itself. Where a sample is
+// too large for the second-level cache, memory takes the time, and a single stream of it comes faster.
 constexpr int kRowsAbreast = 4;
+template <class T> DDPM_FAST_INLINE bool takes_rows_abreast(const NormAct& op) {
+  return op.channels * op.pixels * static_cast<int64_t>(sizeof(T)) <= 1 << 20;
+}
 
 template <int kRows, class T, bool kActivation>
 DDPM_FAST_INLINE void sum_rows(const T* grad_out, const T* x, T* grad_x, int64_t row, int64_t n, RowCoefficients& k,
@@ -95,7 +124,7 @@ DDPM_FAST_INLINE void sum_rows(const T* grad_out, const T* x, T* grad_x, int64_t
     F gradient = load(sums.gradient + i), product = load(sums.product + i), differences = splat(0.0f);
     DDPM_FAST_UNROLL for (int r = 0; r < kRows; ++r) {
       const int64_t at = r * row + i;
-      prefetch(grad_out + at, x + at, grad_x + at, kRows * row);
+      prefetch(grad_out + at, x + at, grad_x + at, std::max(kRows * row, kAhead));
       const F d = row_difference(load(x + at), embedding, center, i);
       const F g = gradient_of_u<kActivation>(load(grad_out + at), d, load(factor + i), load(offset + i));
       if (put_gradient) put(grad_x + at, g);
@@ -137,7 +166,7 @@ DDPM_FAST_INLINE void gradient_rows(const T* grad, const T* x, T* grad_x, int64_
   for (int64_t i = 0; i + kLanes <= n; i += kLanes)
     DDPM_FAST_UNROLL for (int r = 0; r < kRows; ++r) {
       const int64_t at = r * row + i;
-      prefetch(grad + at, x + at, grad_x + at, kRows * row);
+      prefetch(grad + at, x + at, grad_x + at, std::max(kRows * row, kAhead));
       put(grad_x + at, gradient(load(grad + at), load(x + at), i));
     }
   if (has_tail)
@@ -146,11 +175,13 @@ DDPM_FAST_INLINE void gradient_rows(const T* grad, const T* x, T* grad_x, int64_
 }
 
 // Calls rows(kRows, at, n) for all elements of a part: kRows rows of n from `at` on.
-template <class Rows> DDPM_FAST_INLINE void for_rows(int64_t first, int64_t size, int64_t row, const Rows& rows) {
+template <class Rows>
+DDPM_FAST_INLINE void for_rows(int64_t first, int64_t size, int64_t row, bool abreast, const Rows& rows) {
   int64_t at = first;
   const int64_t end = first + size;
-  for (; at + kRowsAbreast * row <= end; at += kRowsAbreast * row)
-    rows(std::integral_constant<int, kRowsAbreast>{}, at, row);
+  if (abreast)
+    for (; at + kRowsAbreast * row <= end; at += kRowsAbreast * row)
+      rows(std::integral_constant<int, kRowsAbreast>{}, at, row);
   for (; at < end; at += row) rows(std::integral_constant<int, 1>{}, at, std::min(row, end - at));
 }
 
@@ -184,7 +215,7 @@ static void part_sums(const NormAct& op, const T* grad_out, const T* x, T* grad_
   for (int64_t i = begin; i < end; ++i) {
     const int64_t first = chunks.pixel(i) * op.channels, size = chunks.pixels(i) * op.channels;
     for (int sum = 0; sum < 3; ++sum) buffers.clear(sum);
-    for_rows(first, size, row, [&](auto rows, int64_t at, int64_t n) {
+    for_rows(first, size, row, takes_rows_abreast<T>(op), [&](auto rows, int64_t at, int64_t n) {
       sum_rows<rows(), T, kActivation>(grad_out + at, x + at, grad_x ? grad_x + at : nullptr, row, n, k, row_sums);
     });
     ChannelSums* const to = sums + i * op.channels;
@@ -226,7 +257,7 @@ static void gradient_parts(const NormAct& op, const T* grad_out, const T* x, T* 
   for (int i = 0; i < 2; ++i) repeat_row(buffers[i], chunks.repeat(), op.channels);
   for (int64_t i = end - 1; i >= begin; --i) {
     const int64_t first = chunks.pixel(i) * op.channels, size = chunks.pixels(i) * op.channels;
-    for_rows(first, size, row, [&](auto rows, int64_t at, int64_t n) {
+    for_rows(first, size, row, takes_rows_abreast<T>(op), [&](auto rows, int64_t at, int64_t n) {
       gradient_rows<rows(), T, kActivation>(grad + at, x + at, grad_x + at, row, n, k, slope, constant);
     });
   }

@@ -35,23 +35,34 @@ DDPM_FAST_INLINE Power power_of_four(F u) {
 #endif
 
 // factor * (1 + 4^u), to a relative 1.4e-7; the polynomial, a minimax one of ours on [-1/32, 1/32], is that of 4^u.
-DDPM_FAST_INLINE F one_plus_power_of_four(F u, double factor) {
+template <int n> DDPM_FAST_INLINE void one_plus_powers_of_four(const F (&u)[n], double factor, F (&result)[n]) {
   const auto times = [factor](double coefficient) { return splat(static_cast<float>(factor * coefficient)); };
-  const Power whole = power_of_four(u);
-  F p = fma(times(0x1.c690ccp-2), whole.rest, times(0x1.ec0c22p-1));
-  p = fma(p, whole.rest, times(0x1.62e432p+0));
-  p = fma(p, whole.rest, times(1.0));
-  return fma(p, whole.power, times(1.0));
+  Power whole[n];
+  DDPM_FAST_UNROLL for (int i = 0; i < n; ++i) whole[i] = power_of_four(u[i]);
+  DDPM_FAST_UNROLL for (int i = 0; i < n; ++i)
+    result[i] = fma(times(0x1.c690ccp-2), whole[i].rest, times(0x1.ec0c22p-1));
+  DDPM_FAST_UNROLL for (int i = 0; i < n; ++i) result[i] = fma(result[i], whole[i].rest, times(0x1.62e432p+0));
+  DDPM_FAST_UNROLL for (int i = 0; i < n; ++i) result[i] = fma(result[i], whole[i].rest, times(1.0));
+  DDPM_FAST_UNROLL for (int i = 0; i < n; ++i) result[i] = fma(result[i], whole[i].power, times(1.0));
+}
+DDPM_FAST_INLINE F one_plus_power_of_four(F u, double factor) {
+  const F one[1] = {u};
+  F result[1];
+  one_plus_powers_of_four(one, factor, result);
+  return result[0];
 }
 
 // SiLU of z, from u = kSiluUnit z.
 DDPM_FAST_INLINE F silu_in_units(F u) { return u / one_plus_power_of_four(u, kSiluUnit); }
 
-// The derivative of SiLU by u: (s + s z (1 - s)) / kSiluUnit, s = sigmoid(z), of which s / kSiluUnit is one division.
-DDPM_FAST_INLINE F silu_derivative_in_units(F u) {
+// The derivatives of SiLU by u, in the place of each u: (s + s z (1 - s)) / kSiluUnit, s = sigmoid(z), of which
+// s / kSiluUnit is one division. Of several vectors at once, whose long chains of operations fill each other's gaps.
+template <int n> DDPM_FAST_INLINE void silu_derivatives_in_units(F (&u)[n]) {
   constexpr float kOne = static_cast<float>(1.0 / kSiluUnit);
-  const F s = splat(1.0f) / one_plus_power_of_four(u, kSiluUnit);
-  return fma(s, u * (kOne - s), s);
+  F s[n];
+  one_plus_powers_of_four(u, kSiluUnit, s);
+  DDPM_FAST_UNROLL for (int i = 0; i < n; ++i) s[i] = splat(1.0f) / s[i];
+  DDPM_FAST_UNROLL for (int i = 0; i < n; ++i) u[i] = fma(s[i], u[i] * (kOne - s[i]), s[i]);
 }
 
 DDPM_FAST_INLINE F one_plus_exp_neg(F z) { return one_plus_power_of_four(z * static_cast<float>(kSiluUnit), 1.0); }
