@@ -141,10 +141,10 @@ template <int my, int mx> class Runner {
                                 [&](int64_t begin, int64_t end) { run_panels(v, 0, tiles, begin, end, {}); });
   }
 
-  Ahead output(int64_t first, int64_t tiles, int64_t panel) const {
+  Ahead output(const float* image, int64_t first, int64_t tiles, int64_t panel) const {
     constexpr int64_t scale = my == kUpsampling ? 4 : 1;  // pixels of the output for each of the input
     const int64_t begin = scale * pixel(first), channel = panel * kPanel;
-    return {conv_.out + begin * conv_.outputs + channel, scale * pixel(first + tiles) - begin,
+    return {image + begin * conv_.outputs + channel, scale * pixel(first + tiles) - begin,
             std::min<int64_t>(kPanel, conv_.outputs - channel), conv_.outputs};
   }
 
@@ -160,7 +160,7 @@ template <int my, int mx> class Runner {
     for (int64_t panel = begin; panel < end; ++panel) {
       const int width = panels_.width(panel);
       const float* const weight = weight_ + panel * 9 * kPanel * panels_.channels;
-      const Ahead out = output(first, tiles, panel);
+      const Ahead out = output(conv_.out, first, tiles, panel), residual = output(conv_.residual, first, tiles, panel);
       for (int64_t c = 0; c < panels_.channels; c += kPieceChannels) {
         const int64_t count = std::min(kPieceChannels, panels_.channels - c), size = count * 9 * width;
         const float* const piece = weight + c * 9 * width;
@@ -169,7 +169,10 @@ template <int my, int mx> class Runner {
         for (int64_t p = 0; p < kPlanes; ++p, ++step) {
           prefetch(next_weights, p, kPlanes);
           prefetch(next_input, step, steps);
-          if (c + count == panels_.channels) prefetch(out, p, kPlanes);
+          if (c + count == panels_.channels) {
+            prefetch(out, p, kPlanes);
+            if (conv_.residual) prefetch(residual, p, kPlanes);
+          }
           DDPM_FAST_DISPATCH(multiply_plane)
           (width, v + p * plane(tiles) + c * tiles, tiles, u + p * weight_plane, count, conv_.block,
            products + p * product_plane, c > 0);
