@@ -160,7 +160,8 @@ template <int my, int mx> class Runner {
     for (int64_t panel = begin; panel < end; ++panel) {
       const int width = panels_.width(panel);
       const float* const weight = weight_ + panel * 9 * kPanel * panels_.channels;
-      const Ahead out = output(conv_.out, first, tiles, panel), residual = output(conv_.residual, first, tiles, panel);
+      const Ahead out = output(conv_.out, first, tiles, panel);
+      const Ahead residual = conv_.residual ? output(conv_.residual, first, tiles, panel) : Ahead{};
       for (int64_t c = 0; c < panels_.channels; c += kPieceChannels) {
         const int64_t count = std::min(kPieceChannels, panels_.channels - c), size = count * 9 * width;
         const float* const piece = weight + c * 9 * width;
@@ -171,7 +172,7 @@ template <int my, int mx> class Runner {
           prefetch(next_input, step, steps);
           if (c + count == panels_.channels) {
             prefetch(out, p, kPlanes);
-            if (conv_.residual) prefetch(residual, p, kPlanes);
+            prefetch(residual, p, kPlanes);
           }
           DDPM_FAST_DISPATCH(multiply_plane)
           (width, v + p * plane(tiles) + c * tiles, tiles, u + p * weight_plane, count, conv_.block,
