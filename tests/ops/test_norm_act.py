@@ -20,7 +20,7 @@ NAMES = ("weight", "bias", "scale", "shift", "embedding")
 
 # (shape, groups): groups of 12, 10, 33 and 15 values and other sizes that are no power of two; rows of a prime number
 # of channels, of fewer than a vector and of more than 256; images of one pixel and of none; more than 256 samples;
-# several chunks a group in both layouts.
+# several chunks a group in both layouts; a sample of more than a megabyte, whose rows are taken one by one.
 CASES = [
     ((2, 12, 5, 3), 3),
     ((2, 30, 7, 7), 10),
@@ -32,6 +32,7 @@ CASES = [
     ((1, 1, 40, 41), 1),
     ((1, 64, 40, 40), 8),
     ((1, 2, 100, 103), 2),
+    ((1, 128, 47, 45), 32),
     ((3, 48), 4),
     ((2, 6, 33), 2),
     ((2, 20, 2, 3, 5), 4),
