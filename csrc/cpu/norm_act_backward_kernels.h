@@ -115,8 +115,8 @@ template <class T> DDPM_FAST_INLINE bool takes_rows_abreast(const NormAct& op) {
 }
 
 template <int kRows, class T, bool kActivation>
-DDPM_FAST_INLINE void sum_rows(const T* grad_out, const T* x, T* grad_x, int64_t row, int64_t n, RowCoefficients& k,
-                               const RowSums& sums) {
+DDPM_FAST_INLINE void sum_gradients(const T* grad_out, const T* x, T* grad_x, int64_t row, int64_t n,
+                                    RowCoefficients& k, const RowSums& sums) {
   const float *const embedding = k.embedding(), *const center = k.center(), *const factor = k.factor();
   const float* const offset = k.offset();
   const bool put_gradient = kept_in_grad_x<T, kActivation> && grad_x != nullptr;
@@ -216,7 +216,7 @@ static void part_sums(const NormAct& op, const T* grad_out, const T* x, T* grad_
     const int64_t first = chunks.pixel(i) * op.channels, size = chunks.pixels(i) * op.channels;
     for (int sum = 0; sum < 3; ++sum) buffers.clear(sum);
     for_rows(first, size, row, takes_rows_abreast<T>(op), [&](auto rows, int64_t at, int64_t n) {
-      sum_rows<rows(), T, kActivation>(grad_out + at, x + at, grad_x ? grad_x + at : nullptr, row, n, k, row_sums);
+      sum_gradients<rows(), T, kActivation>(grad_out + at, x + at, grad_x ? grad_x + at : nullptr, row, n, k, row_sums);
     });
     ChannelSums* const to = sums + i * op.channels;
     for (int64_t c = 0; c < op.channels; ++c)
