@@ -5,6 +5,7 @@
 
 #include "arguments.h"
 #include "block.cuh"
+#include "convert.cuh"
 #include "ddpm_fast/moments.h"
 #include "norm_act_op.h"
 #include "silu.cuh"
@@ -24,9 +25,9 @@ __device__ __forceinline__ float parameter(const void* data, const ParameterLayo
                                            int channel) {
   const int64_t at = sample * layout.row + channel * layout.column;
   if constexpr (std::is_void_v<T> || std::is_same_v<T, __half>)
-    if (layout.type == kFloat16) return __half2float(static_cast<const __half*>(data)[at]);
+    if (layout.type == kFloat16) return to_float(static_cast<const __half*>(data)[at]);
   if constexpr (std::is_void_v<T> || std::is_same_v<T, __nv_bfloat16>)
-    if (layout.type == kBFloat16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[at]);
+    if (layout.type == kBFloat16) return to_float(static_cast<const __nv_bfloat16*>(data)[at]);
   return static_cast<const float*>(data)[at];
 }
 
@@ -78,22 +79,29 @@ template <int kCount> __device__ __forceinline__ float tree_sum(const float (&x)
   }
 }
 
-// Mean and reciprocal standard deviation of `count` values from the moments of their parts, which a warp holds one a
-// lane and more: part(i) gives moments and size(i) the number of values of part i. Chan, Golub and LeVeque's (1979)
-// update for all parts at once.
-template <class Part, class Size>
+// Calls f(i) for each of this lane's parts; it has no second one where they are the blocks of a cluster.
+template <bool kOneALane, class F> __device__ __forceinline__ void for_parts(int parts, const F& f) {
+  if constexpr (kOneALane) {
+    if (lane() < parts) f(lane());
+  } else {
+#pragma unroll 1
+    for (int i = lane(); i < parts; i += kWarp) f(i);
+  }
+}
+
+// Mean and reciprocal standard deviation of `count` values from the moments of their parts, for a warp: part(i) gives
+// moments and size(i) the number of values of part i. Chan, Golub and LeVeque's (1979) update for all parts at once.
+template <bool kOneALane, class Part, class Size>
 __device__ __forceinline__ double2 combine(int parts, double count, double eps, const Part& part, const Size& size) {
   double sum = 0;
-#pragma unroll 1
-  for (int i = lane(); i < parts; i += kWarp) sum += size(i) * part(i).x;
+  for_parts<kOneALane>(parts, [&](int i) { sum += size(i) * part(i).x; });
   const double mean = warp_sum(sum) / count;
   double deviation = 0;
-#pragma unroll 1
-  for (int i = lane(); i < parts; i += kWarp) {
+  for_parts<kOneALane>(parts, [&](int i) {
     const double2 moments = part(i);
     const double apart = moments.x - mean;
     deviation += moments.y + size(i) * (apart * apart);
-  }
+  });
   return make_double2(mean, 1.0 / sqrt(warp_sum(deviation) / count + eps));
 }
 

@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   }
 #pragma unroll 1
   for (int g = warp(); g < tile.groups; g += warps()) {
-    const double2 all = combine(
+    const double2 all = combine<true>(
         op.parts, static_cast<double>(op.group_size), op.eps,
         [&](int i) { return cluster ? *in_block(&shared.of_group[g], i) : shared.of_group[g]; },
         [&](int i) { return static_cast<double>(op.width) * min(op.step, op.pixels - i * op.step); });

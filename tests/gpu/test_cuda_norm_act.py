@@ -209,15 +209,15 @@ def test_hard_inputs_lose_no_accuracy(kind: str, layout: str, target: int) -> No
 
 @pytest.mark.parametrize(("target", "dtype"), QUICK, ids=[f"sm_{a}-{d}" for a, d in QUICK])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(1, 10, 13, 13), (1, 6, 3), (1, 6, 5)], ids=shape_id)
+@pytest.mark.parametrize("shape", [(1, 10, 13, 13), (1, 6, 3), (1, 6, 5), (1, 14)], ids=shape_id)
 def test_an_embedding_may_move_the_mean_far(
     shape: tuple[int, ...], target: int, dtype: torch.dtype, layout: str
 ) -> None:
     """By so much that squares of differences to a value without it, or with another channel's, lose the variance; the
     sums are exact in float32."""
     noise, channels = (torch.randn(shape) * 64).round() / 64, torch.arange(shape[1])[None]
-    apart = (4096.0 + 37 * channels) * (-1) ** channels
-    for embedding, x in ((4096.0 + channels, noise), (apart, noise - apart.reshape(1, -1, *[1] * len(shape[2:])))):
+    apart = (32768.0 + 37 * channels) * (-1) ** channels
+    for embedding, x in ((32768.0 + channels, noise), (apart, noise - apart.reshape(1, -1, *[1] * len(shape[2:])))):
         x = laid_out(x, layout).to(dtype)
         truth = exact(x, 2, embedding=embedding)
         with simulate.backend("cuda", target):
@@ -303,6 +303,24 @@ def test_the_result_may_lie_less_aligned_than_the_input(layout: str) -> None:
             expected = df.group_norm_silu(x, groups)
             df.group_norm_silu(x, groups, out=out)
         assert same_bits(out, expected)
+
+
+@pytest.mark.parametrize(("layout", "target"), [("contiguous", 80), ("channels_last", 90)])
+def test_no_bit_of_several_launches_depends_on_the_alignment(layout: str, target: int) -> None:
+    """Of a short dtype, which other tests of several launches have in one place."""
+    case: Case = ((1, 2104, 5), 1)
+    inputs, grad = inputs_of(case, layout, torch.bfloat16), laid_out(torch.randn(case[0]), layout).to(torch.bfloat16)
+    out = moved(torch.full_like(grad, torch.nan), 1)
+    with simulate.backend("cuda", target) as launches:
+        aligned = results(inputs, case[1], grad)
+        df.group_norm_silu(**inputs, num_groups=case[1], out=out)
+        assert sum("apply" in launch.kernel for launch in launches) == 3
+        misaligned = [
+            results({**inputs, "x": moved(inputs["x"], of_x)}, case[1], moved(grad, of_grad))
+            for of_x, of_grad in ((7, 1), (0, 1))
+        ]
+    assert same_bits(out, aligned[0])
+    assert all(same_bits(a, b) for got in misaligned for a, b in zip(aligned, got, strict=True))
 
 
 @pytest.mark.parametrize("target", [80, 90])
