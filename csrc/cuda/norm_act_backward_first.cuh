@@ -35,10 +35,10 @@ __device__ __forceinline__ T gradient_of_single(T grad_out, T x, const FirstTile
                                  op.activation));
 }
 
-// The vectors that two loads read.
+// The vectors that are read by one load each, and written by one store.
 template <class T>
 __device__ __forceinline__ int whole_vectors(const Images<T>& images, const FirstTile& tile) {
-  return is_aligned(images.grad_out) && is_aligned(images.x) ? tile.vectors : 0;
+  return is_aligned(images.grad_out) && is_aligned(images.x) && is_aligned(images.grad_x) ? tile.vectors : 0;
 }
 
 // The sums of one span of vectors of a channel, which op.lanes threads share; elements of other channels at its ends
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kMostThreads, 3)
     cluster_arrive();
     cluster_wait();
     part = lane() < op.parts ? *in_block(&own, lane()) : make_double2(0, 0);
-    part = make_double2(warp_sum(part.x), warp_sum(part.y));
+    part = make_double2(team_sum(part.x, kMostOfCluster), team_sum(part.y, kMostOfCluster));
     cluster_arrive();
   }
   if (tid == 0) {
@@ -185,13 +185,12 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   const float2 line = line_of(statistics, along[tile.unit]);
   __syncthreads();
   const Images<T> images = tile_of(grad_out, x, grad_x, tile, op);
-  const bool aligned = is_aligned(images.grad_x);
   for_vectors<2>(
       threadIdx.x, whole_vectors(images, tile), tile.vectors, blockDim.x,
       [&](int i) { return Vectors{load(images.grad_out + i * V), load(images.x + i * V)}; },
       [&](int i) { return Vectors{load(images.grad_out + i * V, V), load(images.x + i * V, V)}; },
-      [&](int i, const Vectors& v, bool) {
-        store(images.grad_x + i * V, gradient_vector<T>(v, i, tile, op, coefficient, line), aligned, V);
+      [&](int i, const Vectors& v, bool whole) {
+        store(images.grad_x + i * V, gradient_vector<T>(v, i, tile, op, coefficient, line), whole, V);
       });
   if (tile.single < tile.count)
     images.grad_x[tile.single] = gradient_of_single(images.grad_out[tile.single], images.x[tile.single], tile, op,

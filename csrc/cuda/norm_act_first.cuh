@@ -211,12 +211,11 @@ __global__ void __launch_bounds__(kMostThreads, 3)
   __syncthreads();
   const T* const from = x + tile.sample * op.x_stride + at;
   T* const to = out + tile.sample * op.out_stride + at;
-  const bool aligned = is_aligned(to);
   for_vectors(
-      threadIdx.x, is_aligned(from) ? tile.vectors : 0, tile.vectors, blockDim.x,
+      threadIdx.x, is_aligned(from) && is_aligned(to) ? tile.vectors : 0, tile.vectors, blockDim.x,
       [&](int i) { return load(from + i * V); }, [&](int i) { return load(from + i * V, V); },
-      [&](int i, const uint4& v, bool) {
-        store(to + i * V, normalised<T>(v, i, tile, op, coefficient), aligned, V);
+      [&](int i, const uint4& v, bool whole) {
+        store(to + i * V, normalised<T>(v, i, tile, op, coefficient), whole, V);
       });
   if (tile.single < tile.count)
     to[tile.single] = normalised_single(from[tile.single], tile, op, coefficient);

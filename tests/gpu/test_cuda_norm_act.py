@@ -178,6 +178,17 @@ def test_parameters_of_groups_of_several_launches(layout: str, target: int, dtyp
             check(case, inputs, grad, got, activation=activation)
 
 
+@pytest.mark.parametrize("least", [9, 2097], ids=["one launch", "several"])
+def test_a_last_vector_may_hold_any_number_of_channels(least: int) -> None:
+    for channels in range(least, least + 7):
+        case: Case = ((1, channels, 3), 1)
+        inputs = inputs_of(case, "channels_last", torch.bfloat16)
+        grad = laid_out(torch.randn(case[0]), "channels_last").to(torch.bfloat16)
+        with simulate.backend("cuda", 90):
+            got = results(inputs, case[1], grad)
+        check(case, inputs, grad, got)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("wanted", ["x", *NAMES])
 def test_each_gradient_alone(wanted: str, layout: str) -> None:
@@ -209,7 +220,7 @@ def test_hard_inputs_lose_no_accuracy(kind: str, layout: str, target: int) -> No
 
 @pytest.mark.parametrize(("target", "dtype"), QUICK, ids=[f"sm_{a}-{d}" for a, d in QUICK])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(1, 10, 13, 13), (1, 6, 3), (1, 6, 5), (1, 14)], ids=shape_id)
+@pytest.mark.parametrize("shape", [(1, 10, 13, 13), (1, 6, 3), (1, 6, 5), (1, 542)], ids=shape_id)
 def test_an_embedding_may_move_the_mean_far(
     shape: tuple[int, ...], target: int, dtype: torch.dtype, layout: str
 ) -> None:
