@@ -39,12 +39,13 @@ LAYOUTS = ["contiguous", "channels_last"]
 CUT: Case = ((1, 2100, 3, 3), 1)  # three launches on every architecture
 
 # Groups whose sizes are no power of two and no multiple of a vector; vectors that reach over channels and over groups;
-# pixels no multiple of a vector; more than 256 samples; no spatial dimension, one, three and four; a group's tiles in a
+# pixels no multiple of a vector; more than 256 samples, and more than 16; no spatial dimension, one, three and four; a group's tiles in a
 # cluster or, before sm_90, in several launches; so many channels a group that it is cut; one channel a group; more than
 # one trip of each loop.
 CASES: list[Case] = [
     ((2, 12, 5, 3), 3),
     ((300, 8, 2, 2), 4),
+    ((19, 4, 3), 2),
     ((1, 48, 24, 24), 2),
     CUT,
     ((2, 30, 7, 7), 10),
@@ -234,6 +235,17 @@ def test_an_embedding_may_move_the_mean_far(
         with simulate.backend("cuda", target):
             y = df.group_norm_silu(x, 2, embedding=embedding)
         assert_close(y, truth, 1e-5)
+
+
+@pytest.mark.parametrize(("target", "dtype"), QUICK[:2], ids=[f"sm_{a}-{d}" for a, d in QUICK[:2]])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_parts_may_differ_in_mean_and_size(layout: str, target: int, dtype: torch.dtype) -> None:
+    """On sm_90 in a cluster, before it in several launches."""
+    x = torch.randn(1, 2, 91 * 91) + torch.linspace(-3, 3, 91 * 91)
+    x = laid_out(x.reshape(1, 2, 91, 91), layout).to(dtype)
+    with simulate.backend("cuda", target):
+        y = df.group_norm_silu(x, 2)
+    assert_close(y, exact(x, 2))
 
 
 @pytest.mark.parametrize("kind", ["mean 1e3", "mean 1e5", "outlier first pixels", "variance near eps"])
