@@ -65,6 +65,20 @@ struct Panels {
   int64_t channels, count, last;
 };
 
+// Memory that the next transforms read and write: `count` rows of `size` floats.
+struct Ahead {
+  const float* first;
+  int64_t count, size, stride;
+  static Ahead dense(const float* first, int64_t size) { return {first, ceil_div(size, kLine), kLine, kLine}; }
+};
+
+// The transforms take as long as memory does, the multiplications between them need none: it works ahead meanwhile, a
+// step of `steps` at a time, since it can be asked for a few dozen lines at once.
+void prefetch(const Ahead& ahead, int64_t step, int64_t steps) {
+  for (int64_t row = step * ahead.count / steps; row < (step + 1) * ahead.count / steps; ++row)
+    for (int64_t i = 0; i < ahead.size; i += kLine) __builtin_prefetch(ahead.first + row * ahead.stride + i, 0, 2);
+}
+
 thread_local Scratch transformed_scratch, product_scratch, weight_scratch;
 
 template <int my, int mx> class Runner {
@@ -84,7 +98,10 @@ template <int my, int mx> class Runner {
     int64_t blocks = ceil_div(tiles, most);
     if (!alone) blocks = std::min(round_up(blocks, threads), tiles);
     torch::stable::parallel_for(0, blocks, alone ? blocks : 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) run_block(i * tiles / blocks, (i + 1) * tiles / blocks);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t last = (i + 1) * tiles / blocks;
+        run_block(i * tiles / blocks, last, i + 1 < end ? (i + 2) * tiles / blocks : last);
+      }
     });
   }
 
@@ -96,12 +113,21 @@ template <int my, int mx> class Runner {
   int64_t chunks() const { return ceil_div(conv_.channels, kLine); }
   int64_t plane(int64_t tiles) const { return chunks() * kLine * tiles + kLine; }
 
-  // A block of tiles by one thread.
-  void run_block(int64_t first, int64_t last) const {
+  // The pixel of the input that begins a tile's row; the tiles of a block are rows of pixels one after the other.
+  int64_t pixel(int64_t tile) const {
+    const int64_t sample = tile / conv_.tiles_per_sample;
+    const int64_t y = tile % conv_.tiles_per_sample / conv_.tiles_x * my;
+    return (sample * conv_.height + y) * conv_.width;
+  }
+
+  // A block of tiles by one thread; its next one ends with tile `next`.
+  void run_block(int64_t first, int64_t last, int64_t next) const {
     const int64_t tiles = last - first;
     float* const v = transformed_scratch.get(kPlanes * plane(tiles));
     DDPM_FAST_DISPATCH(transform_input<my, mx>)(conv_, first, 0, tiles, v, tiles, plane(tiles));
-    run_panels(v, first, tiles, 0, panels_.count);
+    const int64_t begin = pixel(last), end = std::max(pixel(next), begin);
+    run_panels(v, first, tiles, 0, panels_.count,
+               Ahead::dense(conv_.x + begin * conv_.channels, (end - begin) * conv_.channels));
   }
 
   // All tiles by all threads, first over the tiles, then over the output channels.
@@ -112,25 +138,46 @@ template <int my, int mx> class Runner {
       DDPM_FAST_DISPATCH(transform_input<my, mx>)(conv_, 0, begin, end, v, tiles, plane(tiles));
     });
     torch::stable::parallel_for(0, panels_.count, 1,
-                                [&](int64_t begin, int64_t end) { run_panels(v, 0, tiles, begin, end); });
+                                [&](int64_t begin, int64_t end) { run_panels(v, 0, tiles, begin, end, {}); });
+  }
+
+  Ahead output(const float* image, int64_t first, int64_t tiles, int64_t panel) const {
+    constexpr int64_t scale = my == kUpsampling ? 4 : 1;  // pixels of the output for each of the input
+    const int64_t begin = scale * pixel(first), channel = panel * kPanel;
+    return {image + begin * conv_.outputs + channel, scale * pixel(first + tiles) - begin,
+            std::min<int64_t>(kPanel, conv_.outputs - channel), conv_.outputs};
   }
 
   // Transformed weights are four times as large as the weights, and reading them from afar took longer than
   // transforming them again, piece by piece, in the cache.
-  void run_panels(const float* v, int64_t first, int64_t tiles, int64_t begin, int64_t end) const {
+  void run_panels(const float* v, int64_t first, int64_t tiles, int64_t begin, int64_t end,
+                  const Ahead& next_input) const {
     const int64_t product_plane = tiles * kPanel + kLine, weight_plane = kPieceChannels * kPanel + kLine;
     float* const products = product_scratch.get(kPlanes * product_plane);
     float* const u = weight_scratch.get(kPlanes * weight_plane);
+    const int64_t steps = (end - begin) * ceil_div(panels_.channels, kPieceChannels) * kPlanes;
+    int64_t step = 0;
     for (int64_t panel = begin; panel < end; ++panel) {
       const int width = panels_.width(panel);
       const float* const weight = weight_ + panel * 9 * kPanel * panels_.channels;
+      const Ahead out = output(conv_.out, first, tiles, panel);
+      const Ahead residual = conv_.residual ? output(conv_.residual, first, tiles, panel) : Ahead{};
       for (int64_t c = 0; c < panels_.channels; c += kPieceChannels) {
-        const int64_t count = std::min(kPieceChannels, panels_.channels - c);
-        DDPM_FAST_DISPATCH(transform_weight<my, mx>)(weight + c * 9 * width, count, width, u, weight_plane);
-        for (int64_t p = 0; p < kPlanes; ++p)
+        const int64_t count = std::min(kPieceChannels, panels_.channels - c), size = count * 9 * width;
+        const float* const piece = weight + c * 9 * width;
+        const Ahead next_weights = Ahead::dense(piece + size, std::min(size, weight_ + panels_.size() - piece - size));
+        DDPM_FAST_DISPATCH(transform_weight<my, mx>)(piece, count, width, u, weight_plane);
+        for (int64_t p = 0; p < kPlanes; ++p, ++step) {
+          prefetch(next_weights, p, kPlanes);
+          prefetch(next_input, step, steps);
+          if (c + count == panels_.channels) {
+            prefetch(out, p, kPlanes);
+            prefetch(residual, p, kPlanes);
+          }
           DDPM_FAST_DISPATCH(multiply_plane)
           (width, v + p * plane(tiles) + c * tiles, tiles, u + p * weight_plane, count, conv_.block,
            products + p * product_plane, c > 0);
+        }
       }
       DDPM_FAST_DISPATCH(transform_output<my, mx>)
       (conv_, first, tiles, products, width, product_plane, panel * kPanel);
