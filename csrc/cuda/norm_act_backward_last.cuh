@@ -133,7 +133,8 @@ __global__ void __launch_bounds__(kMostThreadsBackwardLast, 3)
     double2 part = make_double2(0, 0);
     if (lane() < op.parts) part = cluster ? *in_block(&shared.of_group[g], lane()) : shared.of_group[g];
     const double size = static_cast<double>(op.group_size);
-    const double2 means = make_double2(team_sum(part.x, kMostOfCluster) / size, team_sum(part.y, kMostOfCluster) / size);
+    part = make_double2(team_sum(part.x, kMostOfCluster), team_sum(part.y, kMostOfCluster));
+    const double2 means = make_double2(part.x / size, part.y / size);
     if (lane() == 0) {
       if (tile.part == 0) along[first_group + g] = means;
       shared.lines[g] = line_of(shared.statistics[g], means);

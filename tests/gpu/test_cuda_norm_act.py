@@ -39,9 +39,9 @@ LAYOUTS = ["contiguous", "channels_last"]
 CUT: Case = ((1, 2100, 3, 3), 1)  # three launches on every architecture
 
 # Groups whose sizes are no power of two and no multiple of a vector; vectors that reach over channels and over groups;
-# pixels no multiple of a vector; more than 256 samples, and more than 16; no spatial dimension, one, three and four; a group's tiles in a
-# cluster or, before sm_90, in several launches; so many channels a group that it is cut; one channel a group, a warp's
-# lanes of them; more than one trip of each loop.
+# pixels no multiple of a vector; more than 256 samples, and more than 16; no spatial dimension, one, three and four; a
+# group's tiles in a cluster or, before sm_90, in several launches; so many channels a group that it is cut; one channel
+# a group, a warp's lanes of them; more than one trip of each loop.
 CASES: list[Case] = [
     ((2, 12, 5, 3), 3),
     ((300, 8, 2, 2), 4),
