@@ -141,7 +141,7 @@ def _takes(module: nn.Module, roles: _Roles, x: Any) -> bool:
     memory = None if roles.memory is None else getattr(module, roles.memory)
     return (
         (memory is None or (memory.dtype == torch.float32 and memory.is_cpu))
-        and (backends.choose(x) == "cpu" or backends._forced == "reference")
+        and (backends.choose(x) == "cpu" or backends.forced() == "reference")
         and type(getattr(module, roles.scale)) is float
     )
 

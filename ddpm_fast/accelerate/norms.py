@@ -49,7 +49,7 @@ def is_norm(module: nn.Module) -> bool:
 
 def runs_fused(x: Tensor) -> bool:
     """Whether a kernel takes this tensor. The reference backend serves only where it is asked for: it is no faster."""
-    return backends.choose(x) != "reference" or backends._forced == "reference"
+    return backends.choose(x) != "reference" or backends.forced() == "reference"
 
 
 def autocast_dtype(device: str, dtype: torch.dtype, autocast: bool) -> torch.dtype:

@@ -152,6 +152,11 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = previous
 
 
+def forced() -> str | None:
+    """The backend that `use_backend` asks for just now, if any: slower ones serve only where they are asked for."""
+    return _forced
+
+
 def choose(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> str:
     """The backend for an op whose main tensor is `tensor`: the one forced, or the best that takes it.
 

@@ -22,7 +22,7 @@ def plan_tensors(weight: Tensor, input: Tensor, mode: str, upsample: bool = Fals
     outputs, channels = weight.shape[:2]
     if input.dim() != 4 or input.shape[1] != channels:
         return ConvPlan(None, 0, f"the input is not (N, {channels}, H, W)")
-    if backends.missing["cpu"] is not None or backends._forced not in (None, "cpu"):
+    if backends.missing["cpu"] is not None or backends.forced() not in (None, "cpu"):
         return ConvPlan(None, 0, "the cpu backend is not the one in use")
     return plan_conv3x3(
         channels,

@@ -69,7 +69,7 @@ def linear_attention(qkv: Tensor, heads: int, *, memory: Tensor | None = None, s
     layout = _layout(qkv)
     backend = backends.choose(qkv)
     kernel = backend == "cpu" and qkv.dtype == torch.float32 and dim <= _MOST_CHANNELS
-    asked_for = backend == "reference" == backends._forced
+    asked_for = backends.forced() == "reference"
     if not (kernel or asked_for) or _check.needs_grad(qkv, memory):
         return reference.attend(qkv, memory, heads, scale).contiguous(memory_format=layout)
     shape = (qkv.shape[0], heads * dim, *qkv.shape[2:])
@@ -133,7 +133,7 @@ def projected_linear_attention(
     backend = backends.choose(x)
     outputs, pixels = out_weight.shape[0], x.shape[2] * x.shape[3]
     kernel = backend == "cpu" and x.dtype == torch.float32 and is_projecting_faster(x.shape[1], outputs, dim, pixels)
-    asked_for = backend == "reference" == backends._forced
+    asked_for = backends.forced() == "reference"
     other = _check.is_transformed() or _check.needs_grad(x, qkv_weight, out_weight, out_bias, memory)
     if other or not (kernel or asked_for):
         y = linear_attention(F.conv2d(x, qkv_weight), heads, memory=memory, scale=scale)

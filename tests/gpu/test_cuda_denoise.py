@@ -249,6 +249,15 @@ def test_one_index_serves_all_samples_and_ids_default_to_the_batchs() -> None:
         assert same_bits(got, denoise(x_t, output, rows, torch.tensor([17]), seed=3))
 
 
+def test_the_last_step_leaves_a_mean_of_minus_zero() -> None:
+    x_t, output, rows = torch.full((1, 8), -0.0), torch.zeros(1, 8), ddpm_table(SCHEDULE).rows
+    with simulate.backend("cuda"):
+        got = denoise(x_t, output, rows, torch.tensor([999]), seed=3)
+    assert torch.signbit(got).all()
+    with df.use_backend("reference"):
+        assert same_bits(got, denoise(x_t, output, rows, torch.tensor([999]), seed=3))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e-41, -0.0], ids=str)
 def test_unusual_values_pass_as_in_the_reference(value: float) -> None:
     """NaN and infinity are neither clipped away nor spread; a subnormal state is not flushed to zero."""

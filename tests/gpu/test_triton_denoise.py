@@ -172,6 +172,14 @@ def test_a_sample_alone_has_the_bits_it_has_in_a_batch() -> None:
     assert same_bits(alone, out[7:8])
 
 
+def test_the_last_step_leaves_a_mean_of_minus_zero() -> None:
+    x_t = torch.full((1, 1, 2, 4), -0.0)
+    out = torch.zeros_like(x_t)
+    with simulate.backend("triton"):
+        simple_step(x_t, torch.zeros_like(x_t), out, torch.tensor([999]), 0)
+    assert torch.signbit(out).all()
+
+
 def test_nan_and_infinity_pass_through_as_in_the_reference() -> None:
     special = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.5]).reshape(1, 1, 2, 2)
     for x_t, output, variance in (

@@ -105,11 +105,11 @@ def step(
 def draw(
     x_t: Tensor, coefficients: Tensor, index: Tensor, seed: Tensor, sample_ids: Tensor | None, stream: int
 ) -> Tensor:
-    """The step's own noise, zero where the table's sigma is: the last step draws none."""
+    """The step's own noise, zero where the table's sigma is: the last step draws none, and -0 leaves a mean of -0."""
     noise = torch.empty_like(x_t)
     normal(noise, seed, sample_ids, index, stream)
     silent = coefficients[index, 4].reshape(-1, *[1] * (x_t.dim() - 1)) == 0
-    return noise.masked_fill_(silent, 0.0)
+    return noise.masked_fill_(silent, -0.0)
 
 
 def denoise(

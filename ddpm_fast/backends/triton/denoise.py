@@ -86,7 +86,7 @@ def denoise_kernel(
             tile, pixels, sample_number(ids_ptr, n), index, STREAM, tl.load(seed_ptr), CHANNELS, BLOCK, WIDTH, QUADS,
             PIXELS,
         )  # fmt: skip
-        z = tl.where(sigma == 0.0, 0.0, z)  # the last step draws none
+        z = tl.where(sigma == 0.0, -0.0, z)  # the last step draws none, and -0 leaves a mean of -0
     elif noise_ptr is not None:
         z = read(
             noise_ptr, n, element, channel, pixel, there, noise_sample_stride, noise_channel_stride,
