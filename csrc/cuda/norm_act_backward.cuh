@@ -67,9 +67,10 @@ struct Pieces {
 // A tile has op.slots entries.
 __device__ __forceinline__ Pieces pieces_of(const NormActOp& op, bool channels_last, int64_t sample, int channel) {
   if (channels_last) {
-    const int slab = channel / (op.slab * op.width), c = channel - slab * op.slab * op.width, cut = c / op.piece;
+    // Those of a group's cuts lie side by side, one a channel: op.slots is op.piece.
+    const int slab = channel / (op.slab * op.width), c = channel - slab * op.slab * op.width;
     const int64_t stride = static_cast<int64_t>(op.cuts) * op.slots;
-    const int64_t first = ((sample * op.slabs + slab) * op.parts + cut) * op.slots + c - cut * op.piece;
+    const int64_t first = (sample * op.slabs + slab) * op.parts * op.slots + c;
     return {first, first + stride, stride, op.parts / op.cuts};
   }
   // The tiles that follow the first begin with the channel.

@@ -27,6 +27,20 @@ __device__ __forceinline__ uint4 gradient_vector(const Vectors& v, int i, const 
   return pack<T>(grad);
 }
 
+// Of this thread's single element.
+template <class T>
+__device__ __forceinline__ T gradient_of_single(T grad_out, T x, const FirstTile& tile, const NormActOp& op,
+                                                const float4* coefficient, const float2& line) {
+  return narrow<T>(gradient_of_x(to_float(grad_out), to_float(x), of_single(tile, op, coefficient), line,
+                                 op.activation));
+}
+
+// The vectors that are read by one load each, and written by one store.
+template <class T>
+__device__ __forceinline__ int whole_vectors(const Images<T>& images, const FirstTile& tile) {
+  return is_aligned(images.grad_out) && is_aligned(images.x) && is_aligned(images.grad_x) ? tile.vectors : 0;
+}
+
 // The sums of one span of vectors of a channel, which op.lanes threads share; elements of other channels at its ends
 // are left out.
 template <class T>
@@ -82,9 +96,8 @@ __global__ void __launch_bounds__(kMostThreads, 3)
   for (int c = tid; c < tile.channels; c += threads)
     coefficient[c] = coefficients<T>(given, op, tile.sample, first_channel + c, statistics.x, statistics.y);
   const Images<T> images = tile_of(grad_out, x, grad_x, tile, op);
-  const int whole = whole_vectors<T>(tile, is_aligned(images.grad_out) && is_aligned(images.x));
   for_vectors<2>(
-      tid, whole, tile.vectors, threads,
+      tid, whole_vectors(images, tile), vectors_of<T>(tile.count), threads,
       [&](int i) { return Vectors{load(images.grad_out + i * V), load(images.x + i * V)}; },
       [&](int i) {
         const int count = tile.count - i * V;
@@ -130,7 +143,7 @@ __global__ void __launch_bounds__(kMostThreads, 3)
     cluster_arrive();
     cluster_wait();
     part = lane() < op.parts ? *in_block(&own, lane()) : make_double2(0, 0);
-    part = make_double2(warp_sum(part.x), warp_sum(part.y));
+    part = make_double2(team_sum(part.x, kMostOfCluster), team_sum(part.y, kMostOfCluster));
     cluster_arrive();
   }
   if (tid == 0) {
@@ -145,8 +158,11 @@ __global__ void __launch_bounds__(kMostThreads, 3)
 #pragma unroll 1
     for (int i = tid; i < tile.vectors; i += threads)
       store(images.grad_x + i * V,
-            gradient_vector<T>({kept_grad[i], kept_x[i]}, i, tile, op, coefficient, line), aligned,
-            tile.count - i * V);
+            gradient_vector<T>({kept_grad[i], kept_x[i]}, i, tile, op, coefficient, line), aligned, V);
+    if (tile.single < tile.count)
+      images.grad_x[tile.single] =
+          gradient_of_single(reinterpret_cast<const T*>(kept_grad)[tile.single],
+                             reinterpret_cast<const T*>(kept_x)[tile.single], tile, op, coefficient, line);
   }
   if (cluster) cluster_wait();
 }
@@ -169,19 +185,16 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   const float2 line = line_of(statistics, along[tile.unit]);
   __syncthreads();
   const Images<T> images = tile_of(grad_out, x, grad_x, tile, op);
-  const int whole = whole_vectors<T>(tile, is_aligned(images.grad_out) && is_aligned(images.x));
-  const bool aligned = is_aligned(images.grad_x);
   for_vectors<2>(
-      threadIdx.x, whole, tile.vectors, blockDim.x,
+      threadIdx.x, whole_vectors(images, tile), tile.vectors, blockDim.x,
       [&](int i) { return Vectors{load(images.grad_out + i * V), load(images.x + i * V)}; },
-      [&](int i) {
-        const int count = tile.count - i * V;
-        return Vectors{load(images.grad_out + i * V, count), load(images.x + i * V, count)};
-      },
+      [&](int i) { return Vectors{load(images.grad_out + i * V, V), load(images.x + i * V, V)}; },
       [&](int i, const Vectors& v, bool whole) {
-        store(images.grad_x + i * V, gradient_vector<T>(v, i, tile, op, coefficient, line), aligned,
-              whole ? V : tile.count - i * V);
+        store(images.grad_x + i * V, gradient_vector<T>(v, i, tile, op, coefficient, line), whole, V);
       });
+  if (tile.single < tile.count)
+    images.grad_x[tile.single] = gradient_of_single(images.grad_out[tile.single], images.x[tile.single], tile, op,
+                                                    coefficient, line);
 }
 
 }  // namespace cuda

@@ -16,10 +16,11 @@ __device__ __forceinline__ Images<T> tile_of(const T* grad_out, const T* x, T* g
           grad_x == nullptr ? nullptr : grad_x + tile.sample * op.out_stride + at};
 }
 
-// The pixels that two loads read this thread's columns of.
+// The pixels of which this thread's columns are read by one load each, and written by one store.
 template <class T>
 __device__ __forceinline__ int whole_pixels(const Images<T>& images, const LastTile& tile, const NormActOp& op) {
-  return min(whole_pixels(images.grad_out, tile, op), whole_pixels(images.x, tile, op));
+  return min(min(whole_pixels(images.grad_out, tile, op), whole_pixels(images.x, tile, op)),
+             whole_pixels(images.grad_x, tile, op));
 }
 
 template <class T> __device__ __forceinline__ Vectors load_pixel(const Images<T>& images, int p, const NormActOp& op) {
@@ -132,7 +133,8 @@ __global__ void __launch_bounds__(kMostThreadsBackwardLast, 3)
     double2 part = make_double2(0, 0);
     if (lane() < op.parts) part = cluster ? *in_block(&shared.of_group[g], lane()) : shared.of_group[g];
     const double size = static_cast<double>(op.group_size);
-    const double2 means = make_double2(warp_sum(part.x) / size, warp_sum(part.y) / size);
+    part = make_double2(team_sum(part.x, kMostOfCluster), team_sum(part.y, kMostOfCluster));
+    const double2 means = make_double2(part.x / size, part.y / size);
     if (lane() == 0) {
       if (tile.part == 0) along[first_group + g] = means;
       shared.lines[g] = line_of(shared.statistics[g], means);
@@ -182,13 +184,12 @@ __global__ void __launch_bounds__(kMostThreadsBackwardLast, 3)
   float2 line[V];
   own_lines<T>(tile, op, shared.lines, line);
   const Images<T> images = tile_of(grad_out, x, grad_x, tile, op);
-  const bool aligned = all_aligned(images.grad_x, op);
   for_vectors<2>(
       tile.row, whole_pixels(images, tile, op), tile.pixels, tile.rows,
       [&](int p) { return load_pixel(images, p, op); },
       [&](int p) { return load_pixel(images, p, op, tile.valid); },
       [&](int p, const Vectors& v, bool whole) {
-        store(images.grad_x + static_cast<int64_t>(p) * op.channels, gradient_vector<T>(v, own, line, op), aligned,
+        store(images.grad_x + static_cast<int64_t>(p) * op.channels, gradient_vector<T>(v, own, line, op), whole,
               whole ? V : tile.valid);
       });
 }

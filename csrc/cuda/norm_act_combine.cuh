@@ -21,7 +21,7 @@ static __global__ void __launch_bounds__(kMostThreads)
                      const NormActOp op) {
   const int64_t unit = blockIdx.x * int64_t{blockDim.x / kWarp} + warp();
   if (unit >= units) return;
-  const double2 all = combine(
+  const double2 all = combine<false>(
       op.parts, static_cast<double>(op.group_size), op.eps, [&](int i) { return moments[unit * op.parts + i]; },
       [&](int i) { return part_size(op, channels_last, i); });
   if (lane() == 0) {

@@ -5,6 +5,7 @@
 
 #include "arguments.h"
 #include "block.cuh"
+#include "convert.cuh"
 #include "ddpm_fast/moments.h"
 #include "norm_act_op.h"
 #include "silu.cuh"
@@ -24,9 +25,9 @@ __device__ __forceinline__ float parameter(const void* data, const ParameterLayo
                                            int channel) {
   const int64_t at = sample * layout.row + channel * layout.column;
   if constexpr (std::is_void_v<T> || std::is_same_v<T, __half>)
-    if (layout.type == kFloat16) return __half2float(static_cast<const __half*>(data)[at]);
+    if (layout.type == kFloat16) return to_float(static_cast<const __half*>(data)[at]);
   if constexpr (std::is_void_v<T> || std::is_same_v<T, __nv_bfloat16>)
-    if (layout.type == kBFloat16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[at]);
+    if (layout.type == kBFloat16) return to_float(static_cast<const __nv_bfloat16*>(data)[at]);
   return static_cast<const float*>(data)[at];
 }
 
@@ -78,23 +79,30 @@ template <int kCount> __device__ __forceinline__ float tree_sum(const float (&x)
   }
 }
 
-// Mean and reciprocal standard deviation of `count` values from the moments of their parts, which a warp holds one a
-// lane and more: part(i) gives moments and size(i) the number of values of part i. Chan, Golub and LeVeque's (1979)
-// update for all parts at once.
-template <class Part, class Size>
+// The sum of f(i) over the parts of a unit, for the first lane of a warp. kFew: they are the blocks of a cluster.
+template <bool kFew, class F> __device__ __forceinline__ double sum_parts(int parts, const F& f) {
+  if constexpr (kFew) {
+    return team_sum(lane() < parts ? f(lane()) : 0.0, kMostOfCluster);
+  } else {
+    double sum = 0;
+#pragma unroll 1
+    for (int i = lane(); i < parts; i += kWarp) sum += f(i);
+    return warp_sum(sum);
+  }
+}
+
+// Mean and reciprocal standard deviation of `count` values from the moments of their parts, for the first lane of a
+// warp: part(i) gives moments and size(i) the number of values of part i. Chan, Golub and LeVeque's (1979) update for
+// all parts at once.
+template <bool kFew, class Part, class Size>
 __device__ __forceinline__ double2 combine(int parts, double count, double eps, const Part& part, const Size& size) {
-  double sum = 0;
-#pragma unroll 1
-  for (int i = lane(); i < parts; i += kWarp) sum += size(i) * part(i).x;
-  const double mean = warp_sum(sum) / count;
-  double deviation = 0;
-#pragma unroll 1
-  for (int i = lane(); i < parts; i += kWarp) {
+  const double mean = sum_parts<kFew>(parts, [&](int i) { return size(i) * part(i).x; }) / count;
+  const double deviation = sum_parts<kFew>(parts, [&](int i) {
     const double2 moments = part(i);
     const double apart = moments.x - mean;
-    deviation += moments.y + size(i) * (apart * apart);
-  }
-  return make_double2(mean, 1.0 / sqrt(warp_sum(deviation) / count + eps));
+    return moments.y + size(i) * (apart * apart);
+  });
+  return make_double2(mean, 1.0 / sqrt(deviation / count + eps));
 }
 
 // A block of a cluster must not end while others may read its shared memory, nor be read before it has written it.

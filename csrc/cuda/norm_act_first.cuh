@@ -6,10 +6,12 @@
 namespace ddpm_fast {
 namespace cuda {
 
-// Elements start .. start + count - 1 of a group; its vectors begin at multiples of kWidth from there.
+// Elements start .. start + count - 1 of a group: vectors from there on, and fewer than kWidth elements that fill none,
+// one for each of the first threads.
 struct FirstTile {
   int64_t start;
   int sample, group, unit, part, count, vectors;
+  int single;                    // this thread's element behind the vectors, if that is below count
   int channel, channels, pixel;  // the channels of the group that it touches, and the first of its pixels in the first
 };
 
@@ -21,16 +23,12 @@ template <class T> __device__ __forceinline__ FirstTile first_tile(const NormAct
   tile.group = tile.unit - tile.sample * op.groups;
   tile.start = static_cast<int64_t>(tile.part) * op.step;
   tile.count = static_cast<int>(min(static_cast<int64_t>(op.step), op.group_size - tile.start));
-  tile.vectors = vectors_of<T>(tile.count);
+  tile.vectors = full_vectors_of<T>(tile.count);
+  tile.single = tile.vectors * kWidth<T> + static_cast<int>(threadIdx.x);
   tile.channel = static_cast<int>(op.long_by_pixels(tile.start));
   tile.pixel = static_cast<int>(tile.start - static_cast<int64_t>(tile.channel) * op.pixels);
   tile.channels = op.by_pixels(tile.pixel + tile.count - 1) + 1;
   return tile;
-}
-
-// The vectors of a tile that one load reads, given the memory that they lie in.
-template <class T> __device__ __forceinline__ int whole_vectors(const FirstTile& tile, bool aligned) {
-  return aligned ? full_vectors_of<T>(tile.count) : 0;
 }
 
 // Calls f(j, k) for each element j of vector i, k the tile's coefficients of its channel.
@@ -47,12 +45,18 @@ __device__ __forceinline__ void for_channels(int i, const FirstTile& tile, const
   }
 #pragma unroll
   for (int j = 0; j < kWidth<T>; ++j) {
-    f(j, of_channel[min(channel, tile.channels - 1)]);
+    f(j, of_channel[channel]);
     if (++pixel == op.pixels) {
       pixel = 0;
       ++channel;
     }
   }
+}
+
+// The tile's coefficients of the channel of this thread's single element.
+__device__ __forceinline__ const float4& of_single(const FirstTile& tile, const NormActOp& op,
+                                                   const float4* of_channel) {
+  return of_channel[op.by_pixels(tile.pixel + tile.single)];
 }
 
 template <class T>
@@ -65,44 +69,54 @@ __device__ __forceinline__ uint4 normalised(const uint4& v, int i, const FirstTi
   return pack<T>(z);
 }
 
-// The moments of a tile that is read into `kept`, in two passes; every thread of the first warp gets them.
+template <class T>
+__device__ __forceinline__ T normalised_single(T x, const FirstTile& tile, const NormActOp& op,
+                                               const float4* coefficient) {
+  float z[1] = {normalised(to_float(x), of_single(tile, op, coefficient))};
+  activate(z, op.activation);
+  return narrow<T>(z[0]);
+}
+
+// Reads a tile into `kept` and `single`, and takes its moments in two passes; every thread of the first warp gets them.
 template <class T>
 __device__ __forceinline__ double2 tile_moments(const T* x, const FirstTile& tile, const NormActOp& op, bool embedded,
-                                                const float4* coefficient, uint4* kept) {
+                                                const float4* coefficient, uint4* kept, T& single) {
   constexpr int V = kWidth<T>;
   __shared__ float of_warps[kWarp];
   __shared__ float2 two_of_warps[kWarp];
   const int tid = threadIdx.x, threads = blockDim.x;
+  const bool has_single = tile.single < tile.count;
+  if (has_single) single = x[tile.single];
   for_vectors(
-      tid, whole_vectors<T>(tile, is_aligned(x)), tile.vectors, threads, [&](int i) { return load(x + i * V); },
-      [&](int i) { return load(x + i * V, tile.count - i * V); },
-      [&](int i, const uint4& v, bool) { kept[i] = v; });
-  // Calls use(value) for the differences to `about` in each of this thread's vectors.
-  const auto for_values = [&](float about, const auto& use) {
-    const auto add = [&](int i, int count) {
+      tid, is_aligned(x) ? tile.vectors : 0, tile.vectors, threads, [&](int i) { return load(x + i * V); },
+      [&](int i) { return load(x + i * V, V); }, [&](int i, const uint4& v, bool) { kept[i] = v; });
+  // Calls use(value) for each of this thread's vectors, their embedding added.
+  const auto for_values = [&](const auto& use) {
+#pragma unroll 2
+    for (int i = tid; i < tile.vectors; i += threads) {
       float value[V];
       unpack<T>(kept[i], value);
       if (embedded)
         for_channels<T>(i, tile, op, coefficient, [&](int j, const float4& k) { value[j] += k.x; });
-#pragma unroll
-      for (int j = 0; j < V; ++j) value[j] = j < count ? value[j] - about : 0.0f;
       use(value);
-    };
-    int i = tid;
-#pragma unroll 2
-    for (; i < full_vectors_of<T>(tile.count); i += threads) add(i, V);
-    if (i < tile.vectors) add(i, tile.count - i * V);
+    }
   };
 
-  float sum = 0;
-  for_values(0.0f, [&](const float (&value)[V]) { sum += tree_sum(value); });
+  float value_of_single = 0.0f;
+  if (has_single) value_of_single = to_float(single) + (embedded ? of_single(tile, op, coefficient).x : 0.0f);
+  float sum = value_of_single;
+  for_values([&](const float (&value)[V]) { sum += tree_sum(value); });
   const float about = block_sum(sum, of_warps) / static_cast<float>(tile.count);
 
-  float2 sums = make_float2(0.0f, 0.0f);  // of the differences to `about`, and of their squares
-  for_values(about, [&](const float (&value)[V]) {
+  const float difference = has_single ? value_of_single - about : 0.0f;
+  float2 sums = make_float2(difference, difference * difference);  // of the differences to `about`, and their squares
+  for_values([&](float (&value)[V]) {
     float square[V];
 #pragma unroll
-    for (int j = 0; j < V; ++j) square[j] = value[j] * value[j];
+    for (int j = 0; j < V; ++j) {
+      value[j] -= about;
+      square[j] = value[j] * value[j];
+    }
     sums.x += tree_sum(value);
     sums.y += tree_sum(square);
   });
@@ -139,7 +153,8 @@ __global__ void __launch_bounds__(kMostThreads, 3)
     __syncthreads();
   }
   const T* const from = x + tile.sample * op.x_stride + at;
-  const double2 part = tile_moments(from, tile, op, embedding != nullptr, coefficient, kept);
+  T single;
+  const double2 part = tile_moments(from, tile, op, embedding != nullptr, coefficient, kept, single);
   if (op.statistics == kGiven) {
     if (threadIdx.x == 0) moments[blockIdx.x] = part;
     return;
@@ -151,7 +166,7 @@ __global__ void __launch_bounds__(kMostThreads, 3)
     cluster_wait();
   }
   if (warp() == 0) {
-    const double2 all = combine(
+    const double2 all = combine<true>(
         op.parts, static_cast<double>(op.group_size), op.eps,
         [&](int i) { return cluster ? *in_block(&own, i) : own; },
         [&](int i) {
@@ -173,7 +188,8 @@ __global__ void __launch_bounds__(kMostThreads, 3)
   const bool aligned = is_aligned(to);
 #pragma unroll 1
   for (int i = threadIdx.x; i < tile.vectors; i += blockDim.x)
-    store(to + i * V, normalised<T>(kept[i], i, tile, op, coefficient), aligned, tile.count - i * V);
+    store(to + i * V, normalised<T>(kept[i], i, tile, op, coefficient), aligned, V);
+  if (tile.single < tile.count) to[tile.single] = normalised_single(single, tile, op, coefficient);
   if (cluster) cluster_wait();
 }
 
@@ -195,13 +211,14 @@ __global__ void __launch_bounds__(kMostThreads, 3)
   __syncthreads();
   const T* const from = x + tile.sample * op.x_stride + at;
   T* const to = out + tile.sample * op.out_stride + at;
-  const bool aligned = is_aligned(to);
   for_vectors(
-      threadIdx.x, whole_vectors<T>(tile, is_aligned(from)), tile.vectors, blockDim.x,
-      [&](int i) { return load(from + i * V); }, [&](int i) { return load(from + i * V, tile.count - i * V); },
+      threadIdx.x, is_aligned(from) && is_aligned(to) ? tile.vectors : 0, tile.vectors, blockDim.x,
+      [&](int i) { return load(from + i * V); }, [&](int i) { return load(from + i * V, V); },
       [&](int i, const uint4& v, bool whole) {
-        store(to + i * V, normalised<T>(v, i, tile, op, coefficient), aligned, whole ? V : tile.count - i * V);
+        store(to + i * V, normalised<T>(v, i, tile, op, coefficient), whole, V);
       });
+  if (tile.single < tile.count)
+    to[tile.single] = normalised_single(from[tile.single], tile, op, coefficient);
 }
 
 }  // namespace cuda

@@ -12,7 +12,7 @@ static __global__ void __launch_bounds__(kMostThreads)
     norm_act_backward_combine(const Sums* of_tiles, Sums* of_channels, double2* along, const double* mean,
                               const double* rstd, const void* weight, const void* scale, bool channels_last,
                               const NormActOp op) {
-  __shared__ double of_warps[kWarp], more_of_warps[kWarp];
+  __shared__ double2 of_warps[kWarp];
   const Parameters given{weight, nullptr, scale, nullptr, nullptr};
   const int unit = blockIdx.x, sample = unit / op.groups, first = (unit - sample * op.groups) * op.width;
   const double2 statistics = make_double2(mean[unit], rstd[unit]);
@@ -32,9 +32,13 @@ static __global__ void __launch_bounds__(kMostThreads)
     part.x += more.x;
     part.y += more.y;
   }
-  part = make_double2(block_sum(part.x, of_warps), block_sum(part.y, more_of_warps));
+  if (lane() == 0) of_warps[warp()] = part;
+  __syncthreads();
+  if (warp() != 0) return;
+  part = lane() < warps() ? of_warps[lane()] : make_double2(0, 0);
+  part = make_double2(warp_sum(part.x), warp_sum(part.y));
   const double size = static_cast<double>(op.group_size);
-  if (threadIdx.x == 0) along[unit] = make_double2(part.x / size, part.y / size);
+  if (lane() == 0) along[unit] = make_double2(part.x / size, part.y / size);
 }
 
 constexpr int kRows = 16;  // samples that a block of norm_act_gradients works on at a time

@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   }
 #pragma unroll 1
   for (int g = warp(); g < tile.groups; g += warps()) {
-    const double2 all = combine(
+    const double2 all = combine<true>(
         op.parts, static_cast<double>(op.group_size), op.eps,
         [&](int i) { return cluster ? *in_block(&shared.of_group[g], i) : shared.of_group[g]; },
         [&](int i) { return static_cast<double>(op.width) * min(op.step, op.pixels - i * op.step); });
@@ -291,13 +291,12 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   const int64_t at = static_cast<int64_t>(tile.pixel) * op.channels + tile.channel + tile.column * V;
   const T* const from = x + tile.sample * op.x_stride + at;
   T* const to = out + tile.sample * op.out_stride + at;
-  const bool aligned = all_aligned(to, op);
   for_vectors(
-      tile.row, whole_pixels(from, tile, op), tile.pixels, tile.rows,
+      tile.row, min(whole_pixels(from, tile, op), whole_pixels(to, tile, op)), tile.pixels, tile.rows,
       [&](int p) { return load(from + static_cast<int64_t>(p) * op.channels); },
       [&](int p) { return load(from + static_cast<int64_t>(p) * op.channels, tile.valid); },
       [&](int p, const uint4& v, bool whole) {
-        store(to + static_cast<int64_t>(p) * op.channels, normalised<T>(v, own, op), aligned, whole ? V : tile.valid);
+        store(to + static_cast<int64_t>(p) * op.channels, normalised<T>(v, own, op), whole, whole ? V : tile.valid);
       });
 }
 

@@ -15,6 +15,7 @@ namespace cuda {
 // Of a block; two or three share a multiprocessor's registers. The second is for the backward pass with channels last,
 // whose threads keep the coefficients and sums of kWidth channels each.
 constexpr int kMostThreads = 256, kMostThreadsBackwardLast = 128;
+constexpr int kMostOfCluster = 8;  // blocks, on any device that has clusters
 
 // How a parameter of one value a channel lies in memory: elements from sample to sample (0 where all share it) and
 // from channel to channel, and a Type.

@@ -41,7 +41,6 @@ constexpr int64_t kTileBytes = 32768;
 // Blocks that a sample should give where its groups are large enough to be shared out: a batch of one is what the GPU
 // would otherwise be idle for.
 constexpr int64_t kBlocksOfSample = 128;
-constexpr int kMostOfCluster = 8;  // blocks, on any device that has clusters
 constexpr int64_t kOther = 1024;   // bytes of shared memory that kernels have besides what they are launched with
 
 // Shared memory for a tile: at most half of what a multiprocessor has, where that is much, so that one block reads

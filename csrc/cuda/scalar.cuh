@@ -2,10 +2,9 @@
 // operation on its own and are never contracted, whatever flags the compiler is given.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
+
+#include "convert.cuh"
 
 #define DDPM_FAST_INLINE __device__ __forceinline__
 
@@ -46,15 +45,6 @@ DDPM_FAST_INLINE W mix(W a, W b, uint32_t key) { return a ^ b ^ key; }
 #include "ddpm_fast/normal.h"
 #include "ddpm_fast/philox.h"
 #include "ddpm_fast/step.h"
-
-template <class T> DDPM_FAST_INLINE T narrow(float x);
-template <> DDPM_FAST_INLINE float narrow<float>(float x) { return x; }
-template <> DDPM_FAST_INLINE __half narrow<__half>(float x) { return __float2half_rn(x); }
-template <> DDPM_FAST_INLINE __nv_bfloat16 narrow<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
-
-DDPM_FAST_INLINE float to_float(float x) { return x; }
-DDPM_FAST_INLINE float to_float(__half x) { return __half2float(x); }
-DDPM_FAST_INLINE float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
 DDPM_FAST_INLINE uint32_t bits_of(float x) { return __float_as_uint(x); }
 DDPM_FAST_INLINE uint32_t bits_of(__half x) { return __half_as_ushort(x); }
