@@ -137,7 +137,8 @@ def build(architectures: tuple[int, ...] = ARCHITECTURES) -> Path:
             jobs.append(pool.submit(compile_runtime, scratch))
             objects = [path for job in jobs for path in job.result()]
         torch_libraries = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
-        run([*CXX, "-shared", *objects, *torch_libraries, "-o", scratch / "library.so"])
+        # Bound among themselves: a CUDA torch has NVIDIA's runtime in the process, with the names of ours.
+        run([*CXX, "-shared", "-Wl,-Bsymbolic", *objects, *torch_libraries, "-o", scratch / "library.so"])
         for path in objects:
             path.unlink()
         try:
