@@ -162,6 +162,8 @@ SPLIT_TARGETS = [
     ("channels_last", 80, torch.float32),
     ("contiguous", 80, torch.bfloat16),  # in a cluster since sm_90
     ("channels_last", 90, torch.bfloat16),
+    ("contiguous", 80, torch.float16),
+    ("channels_last", 80, torch.float16),
 ]
 
 
@@ -183,11 +185,12 @@ def test_parameters_of_groups_of_several_launches(layout: str, target: int, dtyp
 
 
 @pytest.mark.parametrize("least", [9, 2097], ids=["one launch", "several"])
-def test_a_last_vector_may_hold_any_number_of_channels(least: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_last_vector_may_hold_any_number_of_channels(dtype: torch.dtype, least: int) -> None:
     for channels in range(least, least + 7):
         case: Case = ((1, channels, 3), 1)
-        inputs = inputs_of(case, "channels_last", torch.bfloat16)
-        grad = laid_out(torch.randn(case[0]), "channels_last").to(torch.bfloat16)
+        inputs = inputs_of(case, "channels_last", dtype)
+        grad = laid_out(torch.randn(case[0]), "channels_last").to(dtype)
         with simulate.backend("cuda", 90):
             got = results(inputs, case[1], grad)
         check(case, inputs, grad, got)
