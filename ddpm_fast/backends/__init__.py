@@ -153,7 +153,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def forced() -> str | None:
-    """The backend that `use_backend` asks for just now, if any: slower ones serve only where they are asked for."""
+    """The backend that `use_backend` asks for just now, if any: what is slower than torch runs only where it is."""
     return _forced
 
 
